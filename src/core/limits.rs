@@ -1,0 +1,58 @@
+//! Every bound, in one place; those that lean on each other are asserted.
+
+/// Unit of the dirty map, of overlap and of bounce, in bytes.
+pub const PAGE_BYTES: u64 = 4096;
+/// Unit of comparison by hash, in bytes.
+pub const BLOCK_BYTES: u64 = 65_536;
+/// Unit of the activity log, in bytes.
+pub const EXTENT_BYTES: u64 = 1 << 20;
+
+/// A holder asks its acceptors for their grants this often, in milliseconds.
+pub const RENEW_MS: u64 = 300;
+/// Length of a lease, in milliseconds, counted by the holder from when the renewal was sent.
+pub const LEASE_MS: u64 = 1000;
+/// What clocks of two hosts may drift apart within one lease, in milliseconds.
+pub const DRIFT_MS: u64 = 50;
+/// A node that wants to take over stays back this long after it last heard of the holder, in milliseconds.
+pub const TAKEOVER_MS: u64 = 1800;
+/// Longest time between the look at the clock and the act that it allowed, in milliseconds.
+pub const PAUSE_MS: u64 = 100;
+/// Heartbeat on the peer link, in milliseconds, when nothing else was sent.
+pub const BEAT_MS: u64 = 250;
+/// A peer link that was silent this long is cut, in milliseconds.
+pub const LINK_SILENT_MS: u64 = 1500;
+/// A peer that holds up a write this long is dropped, in milliseconds (setting `slowPeer`).
+pub const SLOW_PEER_MS: u64 = 3000;
+/// A resync without progress for this long starts its pass again, in milliseconds.
+pub const RESYNC_STALL_MS: u64 = 60_000;
+
+const _: () = assert!(RENEW_MS * 3 <= LEASE_MS, "two lost renewals would end a lease");
+const _: () = assert!(LEASE_MS + DRIFT_MS + PAUSE_MS < TAKEOVER_MS, "two nodes could run one VM");
+const _: () = assert!(LINK_SILENT_MS < TAKEOVER_MS, "a takeover would wait for the link's own time");
+
+/// Modules of a cluster.
+pub const MODULES_MAX: usize = 25;
+/// Voters of a record: an odd number, both nodes and the witnesses.
+pub const VOTERS_MAX: usize = 7;
+/// Replicas in sync: two nodes.
+pub const REPLICAS_MAX: usize = 2;
+/// Records that one was forced from, at most.
+pub const FORCED_FROM_MAX: usize = 8;
+
+/// Largest data of one frame and of one guest request, in bytes (FUSE's `max_write`).
+pub const PAYLOAD_BYTES_MAX: usize = 1 << 20;
+/// Guest requests in hand at once.
+pub const REQUESTS_MAX: usize = 256;
+/// Extents in the activity log at once.
+pub const LOG_EXTENTS_MAX: usize = 1024;
+/// Files in one module's directory. A VM has tens.
+pub const FILES_MAX: usize = 65_536;
+/// Bytes of a file name.
+pub const FILE_NAME_BYTES_MAX: usize = 255;
+/// Bytes of one extended attribute's value.
+pub const XATTR_BYTES_MAX: usize = 65_536;
+/// Largest size of a file, in bytes: 8 EiB less a page, what an `off_t` holds.
+pub const FILE_BYTES_MAX: u64 = i64::MAX as u64 & !(PAGE_BYTES - 1);
+
+const _: () = assert!(BLOCK_BYTES.is_multiple_of(PAGE_BYTES) && EXTENT_BYTES.is_multiple_of(BLOCK_BYTES));
+const _: () = assert!(PAYLOAD_BYTES_MAX as u64 >= BLOCK_BYTES, "a block travels in one frame");

@@ -1,0 +1,2 @@
+//! The API: one file per resource.
+pub mod types;

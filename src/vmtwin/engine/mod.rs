@@ -1,0 +1,2 @@
+//! The body of `vmtwin module NAME`: the loops that own the cores.
+pub mod messages;

@@ -1,0 +1,4 @@
+//! vmtwin: the product. Shells around `vmtwin-core`; `main.rs` holds the subcommands only.
+#![forbid(unsafe_code)]
+pub mod api;
+pub mod engine;

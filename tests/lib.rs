@@ -1,0 +1,1 @@
+//! Helpers that the simulators share: the seeded random numbers.
