@@ -32,9 +32,37 @@ pub enum Change {
     JoinPeer(ReplicaId),
 }
 
+/// A word from one module process's control plane to the other's, as one frame on the peer link. Best effort: it goes with
+/// the session's frames, it is not repeated, and nothing that keeps data right rests on it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Word {
+    /// The module stops on both nodes (ordered, or the VM was shut down): take nothing over; end when the link ends.
+    Stop,
+    /// The stop was given up: be the replica again.
+    StopUndone,
+}
+
+impl Word {
+    /// Its byte in the frame.
+    #[must_use]
+    pub fn code(self) -> u8 {
+        match self {
+            Self::Stop => 1,
+            Self::StopUndone => 2,
+        }
+    }
+    /// From its byte; unknown ones are ignored by the reader (a newer peer's).
+    #[must_use]
+    pub fn from_code(code: u8) -> Option<Self> {
+        [Self::Stop, Self::StopUndone].into_iter().find(|w| w.code() == code)
+    }
+}
+
 /// Orders to the data thread.
 #[derive(Debug)]
 pub enum ToData {
+    /// Say this to the peer's control plane, if a session stands.
+    Tell(Word),
     /// A record that is known (PROTOCOL.md, section 1). Decides the role: holder, follower or target.
     Record(Record),
     /// The change proposed with this record id is known not to have happened (R9).
@@ -86,6 +114,8 @@ pub enum FromData {
     PeerDown(String),
     /// The peer says it knows this record and it is not ours: read the register.
     OtherRecord(Record),
+    /// The peer's control plane said this.
+    Told(Word),
     /// A change of the record is needed; answer with `Proposed`, then `Record` or `NotLanded`.
     Propose(Change),
     /// Progress of a resync; one at most each 200 ms.
