@@ -1,4 +1,5 @@
 //! vmtwin: the product. Shells around `vmtwin-core`; `main.rs` holds the subcommands only.
 #![forbid(unsafe_code)]
 pub mod api;
+pub mod config;
 pub mod engine;
