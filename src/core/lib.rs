@@ -6,6 +6,7 @@
 
 pub mod ids;
 pub mod limits;
+pub mod namespace;
 pub mod record;
 pub mod replica;
 pub mod time;

@@ -51,8 +51,25 @@ pub const FILES_MAX: usize = 65_536;
 pub const FILE_NAME_BYTES_MAX: usize = 255;
 /// Bytes of one extended attribute's value.
 pub const XATTR_BYTES_MAX: usize = 65_536;
+/// Bytes of an extended attribute's name.
+pub const XATTR_NAME_BYTES_MAX: usize = 255;
+/// Bytes of all shared attributes of one file, names and values: with its links an entry fits one frame.
+pub const XATTRS_BYTES_MAX: usize = 256 << 10;
+/// Extended attributes of one file.
+pub const XATTRS_MAX: usize = 256;
+/// Bytes of a symbolic link's target.
+pub const SYMLINK_BYTES_MAX: usize = 4095;
+/// Names of one file.
+pub const LINKS_MAX: usize = 1024;
+/// Bytes of a whole listing of the directory as it travels.
+pub const TREE_BYTES_MAX: usize = 64 << 20;
 /// Largest size of a file, in bytes: 8 EiB less a page, what an `off_t` holds.
 pub const FILE_BYTES_MAX: u64 = i64::MAX as u64 & !(PAGE_BYTES - 1);
 
 const _: () = assert!(BLOCK_BYTES.is_multiple_of(PAGE_BYTES) && EXTENT_BYTES.is_multiple_of(BLOCK_BYTES));
 const _: () = assert!(PAYLOAD_BYTES_MAX as u64 >= BLOCK_BYTES, "a block travels in one frame");
+const _: () = assert!(
+    XATTRS_BYTES_MAX + 8 * XATTRS_MAX + LINKS_MAX * (FILE_NAME_BYTES_MAX + 12) + SYMLINK_BYTES_MAX + 256
+        <= PAYLOAD_BYTES_MAX,
+    "an entry of the listing fits one frame"
+);
