@@ -1,0 +1,32 @@
+"""Both hosts lose power at once and come back, in either order: the VM starts once, with all that was reported; both become equal again."""
+
+
+def promise(t):
+    cluster, guest = t.protected()
+    h1, h2 = cluster.h1, cluster.h2
+    for first, second in ((h2, h1), (h1, h2)):
+        reporters = (h1, h2)
+        since = {h: guest.mark(h) for h in reporters}
+        h1.kill()
+        h2.kill()
+        t.remember_reported(*reporters)
+        cluster.reboot(first)
+        cluster.reboot(second)
+        holder = some_holder(cluster)
+        t.nothing_lost(holder, since[holder])
+        cluster.wait_green(holder)
+        t.only_on(holder)
+        t.goes_on(holder)
+    t.equal(holder)
+    t.no_guest_errors()
+
+
+def some_holder(cluster):
+    import time
+    for _ in range(1800):
+        for host in cluster.nodes:
+            status = cluster.state(host)
+            if status['state'] in ('PRIM', 'ALONE') and status['vm'] == 'running':
+                return host
+        time.sleep(0.1)
+    raise LabError(f'nobody runs the VM: {[cluster.state(h) for h in cluster.nodes]}')
