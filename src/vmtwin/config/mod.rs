@@ -5,6 +5,8 @@ pub mod cluster;
 pub mod durable;
 pub mod module;
 pub mod paths;
+#[cfg(test)]
+mod tests;
 mod xml;
 
 pub use cluster::{Address, Cluster, Node, Use, Witness};
