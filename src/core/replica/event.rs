@@ -3,6 +3,7 @@
 //! Payload never comes in here. It stays in the shell, keyed by the `Job` that it belongs to: a guest's write by the
 //! guest's job, what a peer's `Write` or `Namespace` frame brought by the peer's job, what a resync read by the copy's.
 use crate::ids::{FileId, Sequence, SessionId};
+pub use crate::namespace::Errno;
 use crate::record::Record;
 use crate::wire::frame::Header;
 use crate::wire::message::Hello;
@@ -22,24 +23,11 @@ pub enum Job {
     Own(u64),
 }
 
-/// An errno, as the kernel gave it or the guest is to see it; never 0.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct Errno(pub i32);
-
-impl Errno {
-    /// Input/output error.
-    pub const EIO: Self = Self(5);
-    /// Read-only file system: here, not the holder.
-    pub const EROFS: Self = Self(30);
-    /// No space left.
-    pub const ENOSPC: Self = Self(28);
-
-    /// Whether it says that this node's disk, not the request, is at fault: EIO, ENOSPC, EROFS, EDQUOT, ENODEV, ENXIO,
-    /// EBADF, EUCLEAN.
-    #[must_use]
-    pub fn is_disk(self) -> bool {
-        matches!(self.0, 5 | 6 | 9 | 19 | 28 | 30 | 117 | 122)
-    }
+/// Whether an errno says that this node's disk, not the request, is at fault: EIO, ENXIO, EBADF, ENODEV, ENOSPC, EROFS,
+/// EUCLEAN, EDQUOT.
+#[must_use]
+pub fn is_disk_fault(errno: Errno) -> bool {
+    matches!(errno.0, 5 | 6 | 9 | 19 | 28 | 30 | 117 | 122)
 }
 
 /// Operations on a range that bring no data.
