@@ -4,6 +4,7 @@
 //! be done goes out as an effect. The product's shells and the simulators in `tests/` drive the same code.
 #![forbid(unsafe_code)]
 
+pub mod arbiter;
 pub mod ids;
 pub mod limits;
 pub mod namespace;
