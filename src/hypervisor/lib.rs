@@ -2,7 +2,12 @@
 //!
 //! Every call blocks, maybe for long: callers use a thread of their own and a time limit. The data path never waits
 //! for any of this.
+#![deny(unsafe_code)]
+use std::path::PathBuf;
 use std::time::Duration;
+
+pub mod domain;
+pub mod libvirt;
 
 /// How a VM stands, as its hypervisor says.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -96,7 +101,12 @@ pub trait Hypervisor: Send + Sync {
     fn start(&self) -> VmResult<()>;
     /// Asks the guest to power off, waits up to `limit`, then destroys. True: it went down by itself.
     fn shutdown(&self, limit: Duration) -> VmResult<bool>;
-    /// Ends it at once. Kills the VM's process first where the hypervisor would wait for its I/O.
+    /// SIGKILL to the VM's process, without waiting for its death: a process whose I/O is held dies only when that I/O is
+    /// answered. So: `kill`, then answer what is held (`FailHeld`), then `destroy`. True: there was a process.
+    fn kill(&self) -> VmResult<bool> {
+        Ok(false)
+    }
+    /// Ends it at once. Kills the VM's process first where the hypervisor would wait for its I/O; returns when it is gone.
     fn destroy(&self) -> VmResult<()>;
     /// Stops its CPUs.
     fn pause(&self) -> VmResult<()>;
@@ -108,4 +118,44 @@ pub trait Hypervisor: Send + Sync {
     fn process(&self) -> VmResult<Option<u32>>;
     /// Events from now on. Called once.
     fn events(&self) -> VmResult<std::sync::mpsc::Receiver<VmEvent>>;
+}
+
+/// One VM as a hypervisor lists it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Listed {
+    /// Its name.
+    pub name: String,
+    /// Its inactive definition.
+    pub xml: String,
+}
+
+/// What is known of a VM beside its definition.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Facts {
+    /// How it stands.
+    pub state: VmState,
+    /// It stays defined when it stops.
+    pub persistent: bool,
+    /// It starts with its host.
+    pub autostart: bool,
+    /// Snapshots that the hypervisor knows.
+    pub snapshots: u32,
+    /// Checkpoints that the hypervisor knows.
+    pub checkpoints: u32,
+    /// A managed save waits to be resumed.
+    pub managed_save: bool,
+}
+
+/// What `protect` and `unprotect` need beside [`Hypervisor`]: for the same VM, and for what else is on the host.
+pub trait Inventory: Send + Sync {
+    /// All VMs of the host.
+    fn list(&self) -> VmResult<Vec<Listed>>;
+    /// What is known of the VM beside its definition.
+    fn facts(&self) -> VmResult<Facts>;
+    /// Whether it starts with its host.
+    fn set_autostart(&self, on: bool) -> VmResult<()>;
+    /// Forgets the VM, and keeps its NVRAM and its TPM's state. No error where it is not known.
+    fn undefine(&self) -> VmResult<()>;
+    /// The file of a storage pool's volume.
+    fn volume_path(&self, pool: &str, volume: &str) -> VmResult<PathBuf>;
 }
