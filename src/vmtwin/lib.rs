@@ -3,4 +3,6 @@
 pub mod api;
 pub mod config;
 pub mod engine;
+pub mod link;
+pub mod store;
 pub mod trust;

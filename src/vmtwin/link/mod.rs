@@ -1,0 +1,2 @@
+//! The link between the two module processes of a module.
+pub mod handshake;
