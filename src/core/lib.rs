@@ -5,6 +5,7 @@
 #![forbid(unsafe_code)]
 
 pub mod arbiter;
+pub mod format;
 pub mod ids;
 pub mod limits;
 pub mod namespace;

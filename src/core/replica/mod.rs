@@ -1,6 +1,7 @@
 //! Decides when a guest's write may be acknowledged, and keeps two copies of a directory equal.
 pub mod effect;
 pub mod event;
+pub mod log;
 pub mod overlap;
 
 use crate::ids::{ModuleId, ReplicaId};
