@@ -8,6 +8,7 @@ pub mod arbiter;
 pub mod format;
 pub mod ids;
 pub mod limits;
+pub mod module;
 pub mod namespace;
 pub mod record;
 pub mod replica;

@@ -7,6 +7,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 pub mod domain;
+pub mod fake;
 pub mod libvirt;
 
 /// How a VM stands, as its hypervisor says.

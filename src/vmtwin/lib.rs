@@ -5,4 +5,5 @@ pub mod config;
 pub mod engine;
 pub mod link;
 pub mod store;
+pub mod eventlog;
 pub mod trust;
