@@ -66,6 +66,11 @@ pub const TREE_BYTES_MAX: usize = 64 << 20;
 /// Largest size of a file, in bytes: 8 EiB less a page, what an `off_t` holds.
 pub const FILE_BYTES_MAX: u64 = i64::MAX as u64 & !(PAGE_BYTES - 1);
 
+/// A longer range is not marked page by page, but compared from its beginning on, in bytes: 16,384 runs of a bitmap.
+pub const MARK_BYTES_MAX: u64 = 4 << 40;
+/// Bytes of one bitmap as it is stored: half of the pages of 16 TiB, none beside another, need less.
+pub const MAP_SET_BYTES_MAX: usize = 640 << 20;
+
 const _: () = assert!(BLOCK_BYTES.is_multiple_of(PAGE_BYTES) && EXTENT_BYTES.is_multiple_of(BLOCK_BYTES));
 const _: () = assert!(PAYLOAD_BYTES_MAX as u64 >= BLOCK_BYTES, "a block travels in one frame");
 const _: () = assert!(

@@ -2,6 +2,7 @@
 pub mod effect;
 pub mod event;
 pub mod log;
+pub mod map;
 pub mod overlap;
 
 use crate::ids::{ModuleId, ReplicaId};
