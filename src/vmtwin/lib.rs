@@ -1,9 +1,17 @@
 //! vmtwin: the product. Shells around `vmtwin-core`; `main.rs` holds the subcommands only.
 #![forbid(unsafe_code)]
+pub mod acceptors;
 pub mod api;
 pub mod config;
 pub mod engine;
-pub mod link;
-pub mod store;
 pub mod eventlog;
+pub mod host;
+pub mod keep;
+pub mod link;
+pub mod listen;
+pub mod pidfile;
+pub mod store;
+#[cfg(test)]
+mod testing;
 pub mod trust;
+pub mod witness;

@@ -1,9 +1,9 @@
 //! Handshakes in memory: who is believed, who is not.
 use super::*;
-use crate::config::{Address, Cluster, Node, Use, Witness};
+use crate::config::Cluster;
+use crate::testing::TestCluster;
 use rustls::{ClientConfig, ClientConnection, ServerConfig, ServerConnection};
 use std::sync::Arc;
-use vmtwin_core::ids::ClusterId;
 
 #[test]
 fn members_of_one_cluster_believe_each_other_and_learn_their_names() {
@@ -107,43 +107,6 @@ fn keys_are_for_root_alone() {
         assert_eq!(std::fs::metadata(tls.join(name)).unwrap().permissions().mode() & 0o777, 0o600, "{name}");
     }
     assert_eq!(std::fs::metadata(&tls).unwrap().permissions().mode() & 0o777, 0o700);
-}
-
-struct TestCluster {
-    name: String,
-    authority: Authority,
-    folder: tempfile::TempDir,
-}
-
-impl TestCluster {
-    fn new(name: &str) -> Self {
-        let authority = Authority::create(name).unwrap();
-        Self { name: name.to_owned(), authority, folder: tempfile::tempdir().unwrap() }
-    }
-
-    /// A host with a certificate of this name; cluster.xml names h1, h2 and w1.
-    fn host(&self, name: &str) -> Paths {
-        let paths = Paths::under(&self.folder.path().join(name));
-        paths.create().unwrap();
-        let identity = Identity { cluster: self.name.clone(), name: name.to_owned() };
-        let request = Request::create().unwrap();
-        let signed = self.authority.sign(&request.pem, &identity).unwrap();
-        let authority = &self.authority;
-        request.store(&paths, &signed, authority.certificate_pem(), Some(authority.key_pem())).unwrap();
-        let node = |name: &str, ip: &str| Node {
-            name: name.parse().unwrap(),
-            addresses: vec![Address { ip: ip.parse().unwrap(), purpose: Use::Any, tls: true }],
-        };
-        let cluster = Cluster {
-            id: ClusterId(7),
-            name: self.name.parse().unwrap(),
-            version: 1,
-            nodes: vec![node("h1", "10.0.0.1"), node("h2", "10.0.0.2")],
-            witness: Witness { name: "w1".parse().unwrap(), address: "10.0.0.9".parse().unwrap() },
-        };
-        cluster.store(&paths).unwrap();
-        paths
-    }
 }
 
 /// Runs a handshake to its end, in memory.
