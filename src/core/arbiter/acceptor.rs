@@ -239,7 +239,9 @@ impl Acceptor {
         }
         let until = self.grant.map_or(Time(0), |grant| grant.until);
         // After a gap without a grant, others had their turn already: begin to count anew.
-        if until <= now || self.unheard.is_some_and(|(number, _)| number <= heard) {
+        // A number beyond those given is one from before this acceptor's start.
+        let arrived = |(number, _)| (number..=self.grants_given).contains(&heard);
+        if until <= now || self.unheard.is_some_and(arrived) {
             self.unheard = None;
         }
         if self.unheard.is_some_and(|(_, since)| now.since(since) >= length) {

@@ -6,6 +6,7 @@ use crate::time::Time;
 
 /// News for the arbiter.
 #[derive(Clone, Debug)]
+#[expect(clippy::large_enum_variant, reason = "an event is moved once and never kept")]
 pub enum Event {
     /// Time went on; due at `Arbiter::wake` at the latest.
     Tick,
@@ -77,12 +78,14 @@ pub enum Effect {
     /// This record is known (PROTOCOL.md, section 1): it decides everybody's role. Said again where a holder's own round
     /// proved it: only then does a holder get a lease.
     Known(Record),
-    /// The change with this id is known not to have happened, nor will it.
+    /// The change with this id is not in force, nor will it be: it did not land, or a newer record, said by `Known` before
+    /// this, has overtaken it.
     NotLanded(RecordId),
     /// The lease's end; `Time(0)`: there is none. Moves forward, or to zero.
     Lease(Time),
-    /// No acceptor of a majority has seen a sign of life of a holder for TAKEOVER_MS (longer where this node is broken):
-    /// an in-sync node may drain and want `TakeOver`. Said once per silence and after each attempt that did not land.
+    /// No acceptor of a majority has seen a sign of life of a holder for TAKEOVER_MS (longer where this node is broken),
+    /// and a record that one of them holds has this replica in sync: drain and want `TakeOver`. Said once per silence, and
+    /// again after each attempt that did not land.
     HolderSilent {
         /// Since when, at the latest.
         since: Time,
