@@ -10,6 +10,7 @@ pub mod keep;
 pub mod link;
 pub mod listen;
 pub mod pidfile;
+pub mod protect;
 pub mod store;
 #[cfg(test)]
 mod testing;
