@@ -12,5 +12,6 @@ pub mod module;
 pub mod namespace;
 pub mod record;
 pub mod replica;
+pub mod resync;
 pub mod time;
 pub mod wire;

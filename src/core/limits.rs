@@ -66,6 +66,22 @@ pub const TREE_BYTES_MAX: usize = 64 << 20;
 /// Largest size of a file, in bytes: 8 EiB less a page, what an `off_t` holds.
 pub const FILE_BYTES_MAX: u64 = i64::MAX as u64 & !(PAGE_BYTES - 1);
 
+/// Copies of a resync in flight.
+pub const RESYNC_COPIES_MAX: usize = 16;
+/// Bytes of one copy: as long as a guest's write to it may have to wait.
+pub const RESYNC_COPY_BYTES: u64 = 256 << 10;
+/// Comparisons of a resync in flight, on both sides.
+pub const RESYNC_HASHES_MAX: usize = 8;
+/// Bytes of one comparison.
+pub const RESYNC_BATCH_BYTES: u64 = 1 << 20;
+/// Bytes of a file that are asked for data and holes at once.
+pub const RESYNC_DATA_BYTES: u64 = 64 << 30;
+/// Ranges in one answer to that.
+pub const RESYNC_DATA_RANGES_MAX: usize = 256;
+/// What a resync settled is flushed after so many bytes, so that a cut does not cost more.
+pub const RESYNC_FLUSH_BYTES: u64 = 256 << 20;
+/// Plans for the target's tree in one pass: the second mends what its file system added to the first.
+pub const RESYNC_TREE_ROUNDS_MAX: u32 = 4;
 /// A longer range is not marked page by page, but compared from its beginning on, in bytes: 16,384 runs of a bitmap.
 pub const MARK_BYTES_MAX: u64 = 4 << 40;
 /// Bytes of one bitmap as it is stored: half of the pages of 16 TiB, none beside another, need less.
@@ -77,4 +93,8 @@ const _: () = assert!(
     XATTRS_BYTES_MAX + 8 * XATTRS_MAX + LINKS_MAX * (FILE_NAME_BYTES_MAX + 12) + SYMLINK_BYTES_MAX + 256
         <= PAYLOAD_BYTES_MAX,
     "an entry of the listing fits one frame"
+);
+const _: () = assert!(RESYNC_DATA_BYTES <= MARK_BYTES_MAX, "what is found of a whole file is marked by pages");
+const _: () = assert!(
+    RESYNC_BATCH_BYTES / PAGE_BYTES * 32 <= PAYLOAD_BYTES_MAX as u64 && RESYNC_COPY_BYTES <= PAYLOAD_BYTES_MAX as u64
 );

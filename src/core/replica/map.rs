@@ -60,6 +60,21 @@ impl Pages {
         }
     }
 
+    /// The pages that are not in another set.
+    #[must_use]
+    pub fn without(&self, other: &Pages) -> Pages {
+        let mut left = self.clone();
+        for (key, theirs) in &other.sets {
+            if let Some(set) = left.sets.get_mut(key) {
+                left.count -= set.len();
+                *set -= theirs;
+                left.count += set.len();
+            }
+        }
+        left.sets.retain(|_, set| !set.is_empty());
+        left
+    }
+
     /// The first run of pages at or after this place, at most `most` bytes of it (a multiple of a page).
     #[must_use]
     pub fn next(&self, file: FileId, offset: u64, most: u64) -> Option<(FileId, Range<u64>)> {
