@@ -145,7 +145,7 @@ pub fn standing(path: &Path) -> io::Result<usize> {
     let (Some(parent), Some(name)) = (parent, name) else { return Err(io::ErrorKind::InvalidInput.into()) };
     let parent = if parent.as_os_str().is_empty() { Path::new(".") } else { parent };
     let full = fs::canonicalize(parent)?.join(name);
-    let table = fs::read("/proc/self/mountinfo")?;
+    let table = fs::read("/proc/thread-self/mountinfo")?;
     Ok(table.split(|&b| b == b'\n').filter_map(mount_point).filter(|point| *point == full).count())
 }
 
