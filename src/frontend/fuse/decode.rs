@@ -11,6 +11,9 @@ use vmtwin_ring::Slot;
 /// Longest target of a symbolic link (PATH_MAX, its NUL counted).
 const TARGET_BYTES_MAX: usize = 4095;
 
+/// KEEP_SIZE, PUNCH_HOLE and ZERO_RANGE: all that FUSE passes on. What moves a file's bytes (COLLAPSE, INSERT) it refuses.
+const FALLOCATE_MODES: u32 = 0x01 | 0x02 | 0x10;
+
 /// What a message from the kernel is.
 #[derive(Debug)]
 pub enum Decoded {
@@ -209,7 +212,9 @@ fn by_number(code: u32, mut f: Fields<'_>) -> Option<Option<Operation>> {
 fn check(operation: Operation) -> Result<Operation, Errno> {
     match &operation {
         Operation::Read { offset, size, .. } => span(*offset, u64::from(payload(*size)?))?,
-        Operation::ReadDir { size, .. } => drop(payload(*size)?),
+        Operation::ReadDir { size, .. } => payload(*size).map(drop)?,
+        Operation::FAllocate { mode, .. } if mode & !FALLOCATE_MODES != 0 => return Err(Errno::OPNOTSUPP),
+        Operation::FAllocate { length: 0, .. } => return Err(Errno::INVAL),
         Operation::FAllocate { offset, length, .. } => span(*offset, *length)?,
         Operation::LSeek { offset, .. } => span(*offset, 0)?,
         Operation::SetAttr(SetAttr { size: Some(size), .. }) => span(0, *size)?,

@@ -12,6 +12,8 @@
 mod abi;
 mod connection;
 mod decode;
+#[cfg(test)]
+mod decode_tests;
 mod mount;
 mod reply;
 mod request;

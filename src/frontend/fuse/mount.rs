@@ -192,7 +192,7 @@ pub enum Life {
 pub fn life(path: &Path, limit: Duration) -> io::Result<Life> {
     let (tell, told) = mpsc::sync_channel(1);
     let asked = path.to_owned();
-    thread::Builder::new().name("mount-life".into()).spawn(move || tell.send(rustix::fs::statfs(&asked)))?;
+    thread::Builder::new().name("mount-life".into()).spawn(move || tell.send(rustix::fs::statfs(&asked).map(drop)))?;
     Ok(match told.recv_timeout(limit) {
         Ok(Err(Errno::NOTCONN | Errno::CONNABORTED)) => Life::Dead,
         Ok(_) => Life::Serves,

@@ -127,7 +127,9 @@ impl Directory {
         let mut out = Bytes(std::mem::take(&mut self.bytes));
         match entry.filter(|_| self.plus) {
             Some(entry) => entry.write(&mut out),
-            None => drop(out.zeroes(head - 24)),
+            None => {
+                out.zeroes(head - 24);
+            }
         }
         let name_bytes = u32::try_from(listed.name.len()).expect("a name that fits the answer");
         out.u64(listed.node.0).u64(listed.next).u32(name_bytes).u32(listed.mode >> 12 & 0xf);
@@ -186,21 +188,74 @@ impl Reply<'_> {
                 out.spans(&[*valid]).u32(0);
                 attr.write(&mut out);
             }
-            Self::Opened(handle) => drop(out.u64(*handle).u32(open_flags).u32(0)),
+            Self::Opened(handle) => {
+                out.u64(*handle).u32(open_flags).u32(0);
+            }
             Self::Created(entry, handle) => {
                 entry.write(&mut out);
                 out.u64(*handle).u32(open_flags).u32(0);
             }
             Self::Data(bytes) => data = bytes,
-            Self::Written(bytes) => drop(out.u32(*bytes).u32(0)),
+            Self::Written(bytes) => {
+                out.u32(*bytes).u32(0);
+            }
             Self::FileSystem(f) => {
                 out.u64(f.blocks).u64(f.blocks_free).u64(f.blocks_available).u64(f.files).u64(f.files_free);
                 out.u32(f.block_bytes).u32(f.name_bytes_max).u32(f.fragment_bytes).zeroes(28);
             }
-            Self::XattrSize(bytes) => drop(out.u32(*bytes).u32(0)),
+            Self::XattrSize(bytes) => {
+                out.u32(*bytes).u32(0);
+            }
             Self::Directory(directory) => data = &directory.bytes,
-            Self::Sought(offset) => drop(out.u64(*offset)),
+            Self::Sought(offset) => {
+                out.u64(*offset);
+            }
         }
         Encoded { error, fields: out.0, data }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn bytes(reply: &Reply<'_>) -> usize {
+        let encoded = reply.encode(65);
+        encoded.fields.len() + encoded.data.len()
+    }
+
+    #[test]
+    fn answers_have_the_sizes_that_the_kernel_expects() {
+        let (entry, attr) = (Entry::default(), Attr::default());
+        let sizes = [
+            (Reply::Error(Errno::IO), 0),
+            (Reply::Done, 0),
+            (Reply::Entry(entry), ENTRY_BYTES),
+            (Reply::Attr(attr, Duration::ZERO), 104),
+            (Reply::Opened(1), 16),
+            (Reply::Created(entry, 1), ENTRY_BYTES + 16),
+            (Reply::Data(b"abc"), 3),
+            (Reply::Written(1), 8),
+            (Reply::FileSystem(FileSystem::default()), 80),
+            (Reply::XattrSize(1), 8),
+            (Reply::Sought(1), 8),
+        ];
+        for (reply, size) in sizes {
+            assert_eq!(bytes(&reply), size, "{reply:?}");
+        }
+    }
+
+    #[test]
+    fn a_directory_takes_names_as_long_as_they_fit() {
+        for plus in [false, true] {
+            let each = if plus { ENTRY_BYTES } else { 0 } + 32;
+            let mut directory = Directory::new(each as u32 * 2 + 31, plus);
+            let listed = |next| Listed { node: FileId(next), mode: 0o100_644, next, name: b"seven.." };
+            assert!(directory.is_empty());
+            assert!(directory.push(listed(1), Some(&Entry::default())));
+            assert!(directory.push(listed(2), None));
+            assert!(!directory.push(listed(3), None));
+            assert_eq!(bytes(&Reply::Directory(directory)), 2 * each);
+        }
     }
 }

@@ -111,7 +111,7 @@ pub enum Operation {
     ReleaseDir { handle: u64 },
     /// `Done`.
     FSyncDir { handle: u64, data_only: bool },
-    /// `Done`. `mode`: of fallocate(2).
+    /// `Done`. `mode`: of fallocate(2); only the bits KEEP_SIZE, PUNCH_HOLE and ZERO_RANGE. `length` is not 0.
     FAllocate { handle: u64, offset: u64, length: u64, mode: u32 },
     /// `Sought`. Only SEEK_DATA (3) and SEEK_HOLE (4) come here.
     LSeek { handle: u64, offset: u64, whence: u32 },

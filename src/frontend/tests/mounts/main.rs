@@ -1,0 +1,5 @@
+//! The FUSE front end on real mounts, served by a small pass-through server.
+mod cases;
+mod harness;
+mod model;
+mod server;
