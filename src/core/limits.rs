@@ -45,6 +45,8 @@ pub const PAYLOAD_BYTES_MAX: usize = 1 << 20;
 pub const REQUESTS_MAX: usize = 256;
 /// Extents in the activity log at once.
 pub const LOG_EXTENTS_MAX: usize = 1024;
+/// Bytes that a target's suspects may take on their way to the holder.
+pub const SUSPECTS_BYTES_MAX: usize = 64 << 20;
 /// Files in one module's directory. A VM has tens.
 pub const FILES_MAX: usize = 65_536;
 /// Bytes of a file name.

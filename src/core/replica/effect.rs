@@ -56,6 +56,15 @@ pub enum Work {
         /// `BLOCK_BYTES` or `PAGE_BYTES`.
         unit: u32,
     },
+    /// Where the file has data; answers `Value::Data`. A file that is not there has none.
+    Data {
+        /// Which file.
+        file: FileId,
+        /// From which byte.
+        from: u64,
+        /// How far.
+        length: u64,
+    },
     /// List the whole tree; answers `Value::Tree`.
     Tree,
 }
@@ -179,6 +188,8 @@ pub enum Effect {
     Erred(Errno),
     /// The last replica's disk failed (R3): I/O is held, red; a restart goes on by R4.
     Stuck(Errno),
+    /// A line for the operator's log.
+    Say(String),
     /// Progress of the resync, on each change.
     Progress(Progress),
 }

@@ -5,6 +5,7 @@
 use crate::ids::{FileId, Sequence, SessionId};
 pub use crate::namespace::Errno;
 use crate::record::Record;
+use crate::resync::Data;
 use crate::wire::frame::Header;
 use crate::wire::message::Hello;
 
@@ -133,7 +134,9 @@ pub enum Value {
     },
     /// Of `Work::Hash`: one per unit, in order; a part unit at the end of the file counts as it is, none beyond.
     Hashes(Vec<[u8; 32]>),
-    /// Of `Work::Tree`: the encoded tree (`namespace`), in parts that fit a frame each.
+    /// Of `Work::Data`.
+    Data(Data),
+    /// Of `Work::Tree`: `namespace::Tree::pieces`.
     Tree(Vec<Vec<u8>>),
 }
 
@@ -172,6 +175,8 @@ pub enum Event {
         /// How.
         result: Result<Value, Errno>,
     },
+    /// A guest's read failed with a fault of this disk. See `Replica::gate`.
+    ReadFailed(Errno),
     /// The bytes of `Effect::SaveLog` are durable, in the order in which they were given.
     LogSaved {
         /// Its number.

@@ -345,9 +345,10 @@ impl ActivityLog {
         }
     }
 
-    /// After `load`: all suspects are marked in this version of the map.
+    /// All suspects are marked in this version of the map: after `load`, and when the peer is out, which may have lost what it
+    /// had not flushed.
     pub fn folded(&mut self, version: u64) {
-        for slot in self.slots.iter_mut().filter(|slot| slot.needs_map == u64::MAX) {
+        for slot in self.slots.iter_mut().filter(|slot| slot.key != EMPTY && !slot.is_clean()) {
             slot.needs_map = version;
         }
     }
@@ -357,6 +358,14 @@ impl ActivityLog {
         for slot in self.slots.iter_mut().filter(|slot| slot.key.file == file && slot.in_flight == 0) {
             (slot.unflushed_since, slot.needs_map) = (0, 0);
         }
+    }
+
+    /// Nothing is suspect any more: the join is known, or what was proved equal is handed over. No operation is in flight.
+    pub fn clear(&mut self) {
+        for slot in &mut self.slots {
+            (slot.in_flight, slot.unflushed_since, slot.needs_map) = (0, 0, 0);
+        }
+        self.retire();
     }
 
     /// Empties all slots that nothing keeps (after the fold at a start, or at a clean stop), so that the next start has less

@@ -59,12 +59,14 @@ kinds! {
     NewRecord = 7,
     /// I am here. No answer.
     Beat = 8,
-    /// Resync: tell me the tree; the answer's payload is one part of it, from entry `offset` on.
+    /// Resync: tell me the tree; the answer's payload is part `offset` of `extent` parts.
     Tree = 9,
-    /// Resync: tell me your suspects; the answer's payload is one part of them, from item `offset` on.
+    /// Resync: tell me your suspects; the answer's payload is part `offset` of `extent` parts.
     Suspects = 10,
     /// Resync: hash `file` from `offset` for `extent` bytes; `flags` 0: in blocks, 1: in pages.
     Hash = 11,
+    /// Resync: where has `file` data, from `offset` on, no further than `extent` bytes?
+    Data = 14,
     /// Resync: flush everything and end your marks, the join is near (R5).
     Prepare = 12,
     /// The session ends; payload: why, in words.
@@ -190,7 +192,7 @@ impl Header {
         if header.length as usize > PAYLOAD_BYTES_MAX {
             return Err(DecodeError::Length { found: u64::from(header.length), most: PAYLOAD_BYTES_MAX as u64 });
         }
-        let ranged = matches!(header.kind, Kind::Write | Kind::Range | Kind::Hash);
+        let ranged = matches!(header.kind, Kind::Write | Kind::Range | Kind::Hash | Kind::Data);
         let length = if header.kind == Kind::Write { u64::from(header.length) } else { header.extent };
         let end = header.offset.checked_add(length);
         if ranged && (length == 0 || end.is_none_or(|end| end > FILE_BYTES_MAX)) {
