@@ -17,7 +17,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 use std::rc::Rc;
 use vmtwin_core::limits::{PAYLOAD_BYTES_MAX, REQUESTS_MAX};
-use vmtwin_ring::{Descriptor, Pool, Ring};
+use vmtwin_ring::{Descriptor, OpId, Pool, Ring};
 
 /// The newest protocol that this code was written to.
 const MINOR_MAX: u32 = 41;
@@ -70,13 +70,12 @@ impl fmt::Debug for Kernel {
     }
 }
 
-/// A mounted file system. Dropping it aborts the connection: every request in the kernel's hands fails with
-/// ECONNABORTED or ENOTCONN, and the mount stays there, dead, until it is unmounted.
+/// A mounted file system. It is ended by an unmount, or by `abort`; dropped, it lives on as long as its poll in the ring.
 pub struct Fuse {
     device: Descriptor,
     kernel: Kernel,
     readable: bool,
-    armed: bool,
+    armed: Option<OpId>,
     ended: bool,
 }
 
@@ -91,7 +90,7 @@ impl Fuse {
         let kernel = handshake(&device, options).inspect_err(|_| {
             let _ = mount::detach(path);
         })?;
-        Ok(Self { device: Rc::new(device), kernel, readable: true, armed: false, ended: false })
+        Ok(Self { device: Rc::new(device), kernel, readable: true, armed: None, ended: false })
     }
 
     /// What the kernel has.
@@ -124,16 +123,23 @@ impl Fuse {
 
     /// Arms the poll, once, if there is nothing to read now. Its completion carries `token`: call `polled` then.
     pub fn arm(&mut self, ring: &mut Ring, token: u64) {
-        if !self.readable && !self.armed && !self.ended {
-            self.armed = true;
-            ring.poll(&self.device, POLLIN, token);
+        if !self.readable && self.armed.is_none() && !self.ended {
+            self.armed = Some(ring.poll(&self.device, POLLIN, token));
         }
     }
 
     /// The poll completed (with whatever result): there may be more to read.
     pub fn polled(&mut self) {
-        self.armed = false;
+        self.armed = None;
         self.readable = true;
+    }
+
+    /// Ends the connection once the poll's completion was reaped: every request in the kernel's hands fails with
+    /// ECONNABORTED, new ones with ENOTCONN, and the mount stays there, dead, until it is detached.
+    pub fn abort(self, ring: &mut Ring) {
+        if let Some(poll) = self.armed {
+            ring.cancel(poll);
+        }
     }
 
     /// Answers a request.

@@ -282,7 +282,8 @@ fn over_its_own_directory_the_mount_hides_it_and_an_unmount_bares_it() {
     assert!(matches!(fuse::unmount(&at), Err(UnmountError::Busy(_))));
     drop(file);
     // The close is told to the server behind the caller's back; until then it is busy.
-    until("unmounted", || fuse::unmount(&at).is_ok());
+    let waker = world.server().waker.clone();
+    until("unmounted", || fuse::unmount_aside(&at, waker.clone()).recv_timeout(LIMIT).unwrap().is_ok());
     world.server.take().unwrap().join();
     assert_eq!(fuse::standing(&at).unwrap(), 0);
     assert_eq!(fs::read_to_string(at.join("disk")).unwrap(), "plain and mirrored");
@@ -317,6 +318,29 @@ fn requests_in_hand_fail_when_the_server_ends() {
         drop(world.server.take());
         assert!(write.join().unwrap().is_err());
     });
+}
+
+#[test]
+fn a_ring_that_is_dropped_leaks_what_the_kernel_still_owns() {
+    let Some(world) = world(Config::default()) else { return };
+    let file = open_direct(&world.at.join("disk"));
+    file.write_all_at(&pattern(1, 4096), 0).unwrap();
+    let (mut ring, pool) = (Ring::new(8).unwrap(), Pool::new(3).unwrap());
+    let control = &world.server().control;
+    control.hold.store(1000, Ordering::SeqCst);
+    ring.read(&Rc::new(OwnedFd::from(file)), pool.take().unwrap(), 0..4096, 0, 1);
+    ring.wait(Some(1), &mut Vec::new()).unwrap();
+    until("the read is held", || control.held.load(Ordering::SeqCst) == 1);
+    drop(ring); // a file's read is not cancelled: it gives up waiting
+    assert_eq!(pool.free(), 2, "the slot must not be used again");
+    let others = [pool.take().unwrap(), pool.take().unwrap()];
+    assert!(pool.take().is_none());
+    drop((others, pool));
+    control.hold.store(0, Ordering::SeqCst);
+    world.server().waker.wake();
+    // The kernel writes into the slot some time from now; nothing else may lie there.
+    until("the read has ended", || control.held.load(Ordering::SeqCst) == 0);
+    assert!(fs::read(world.at.join("disk")).unwrap() == pattern(1, 4096));
 }
 
 #[test]

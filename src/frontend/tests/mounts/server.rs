@@ -66,7 +66,7 @@ impl Server {
         let shared = Arc::clone(&control);
         let (tell, told) = mpsc::channel();
         let thread = std::thread::spawn(move || {
-            let mut state = State::new(&back, &at, config, shared);
+            let state = State::new(&back, &at, config, shared);
             tell.send((state.fuse.kernel(), state.ring.waker())).unwrap();
             state.run();
         });
@@ -150,14 +150,14 @@ impl State {
         }
     }
 
-    fn run(&mut self) {
+    fn run(mut self) {
         let mut done = Vec::new();
         loop {
             for completion in done.drain(..) {
                 self.completed(completion);
             }
             if self.control.quit.load(Ordering::SeqCst) {
-                return;
+                return self.quit();
             }
             if !self.take_requests() {
                 return;
@@ -168,6 +168,15 @@ impl State {
             self.fuse.arm(&mut self.ring, POLL);
             self.ring.wait(None, &mut done).unwrap();
         }
+    }
+
+    /// Ends the connection and what is in flight; the ring is still of use.
+    fn quit(mut self) {
+        self.fuse.abort(&mut self.ring);
+        while self.ring.in_flight() > 0 {
+            self.ring.wait(None, &mut Vec::new()).unwrap();
+        }
+        assert_eq!(self.pool.free(), self.config.slots - self.held.len());
     }
 
     /// False when there is nothing to serve any more.
