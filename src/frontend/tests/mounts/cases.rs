@@ -306,6 +306,45 @@ fn a_dead_mount_is_found_cleared_and_mounted_anew() {
     assert_eq!(fs::read_to_string(world.back.join("disk")).unwrap(), "again");
 }
 
+/// Serves in a process of its own, to be killed.
+#[test]
+#[ignore = "the other half of a_killed_server_leaves_a_mount_that_its_successor_clears"]
+fn serve_in_a_process_of_its_own() {
+    let [back, at] = ["VMTWIN_SERVE_BACK", "VMTWIN_SERVE_AT"].map(|name| std::env::var_os(name).expect("a folder"));
+    Server::start(Path::new(&back), Path::new(&at), Config::default()).join();
+}
+
+#[test]
+fn a_killed_server_leaves_a_mount_that_its_successor_clears() {
+    let Some(mut world) = unserved() else { return };
+    let mut other = Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", "cases::serve_in_a_process_of_its_own", "--ignored"])
+        .env("VMTWIN_SERVE_BACK", &world.back)
+        .env("VMTWIN_SERVE_AT", &world.at)
+        .stdout(Stdio::null())
+        .spawn()
+        .unwrap();
+    until("it is mounted", || fuse::standing(&world.at).unwrap() == 1);
+    let file = open_direct(&world.at.join("disk"));
+    let written = std::thread::scope(|scope| {
+        let write = scope.spawn(|| (0..).find(|n| file.write_all_at(&pattern(*n, 4096), n * 4096).is_err()).unwrap());
+        until("it writes", || fs::metadata(world.back.join("disk")).unwrap().len() > 100 * 4096);
+        other.kill().unwrap();
+        write.join().unwrap()
+    });
+    other.wait().unwrap();
+    // Its ring lets go of the device some time after its death.
+    until("it is dead", || fuse::life(&world.at, LIMIT).unwrap() == Life::Dead);
+    assert_eq!(fuse::clear_dead(&world.at, LIMIT).unwrap(), 1);
+    world.server = Some(Server::start(&world.back, &world.at, Config::default()));
+    let file = File::open(world.at.join("disk")).unwrap();
+    for n in 0..written {
+        let mut bytes = [0; 4096];
+        file.read_exact_at(&mut bytes, n * 4096).unwrap();
+        assert!(bytes[..] == pattern(n, 4096), "write {n} of {written} was answered");
+    }
+}
+
 #[test]
 fn requests_in_hand_fail_when_the_server_ends() {
     let Some(mut world) = world(Config::default()) else { return };

@@ -278,14 +278,18 @@ fn same_trees(world: &World) {
 
 fn run(seed: u64, steps: usize, config: Config, direct: bool) {
     let Some(world) = world(config) else { return };
-    let (mut mount, mut model) = (Side::new(&world.at, direct), Side::new(&world.model, false));
+    live(seed, steps, Side::new(&world.at, direct), Side::new(&world.model, false));
+    same_trees(&world);
+}
+
+/// Does the same at both places, and compares each answer.
+fn live(seed: u64, steps: usize, mut mount: Side, mut model: Side) {
     let mut random = Random(seed);
     for step in 0..steps {
         let op = random_op(&mut random);
         let (got, expected) = (mount.apply(op), model.apply(op));
         assert!(got == expected, "seed {seed} step {step}: {op:?}: {} is not {}", brief(&got), brief(&expected));
     }
-    same_trees(&world);
 }
 
 fn brief(outcome: &Result<Vec<u8>, i32>) -> String {
@@ -318,6 +322,19 @@ fn direct_io_of_any_alignment_is_the_same_as_on_a_plain_directory() {
     for seed in seeds(&[4, 5]) {
         run(seed, 1500, Config::default(), true);
     }
+}
+
+#[test]
+fn lives_side_by_side_do_not_touch_each_other() {
+    let Some(world) = world(Config { slots: 16, ..Config::default() }) else { return };
+    std::thread::scope(|scope| {
+        for seed in seeds(&[11, 12, 13, 14]) {
+            let [at, model] = [&world.at, &world.model].map(|root| root.join(seed.to_string()));
+            [&at, &model].into_iter().for_each(|folder| fs::create_dir(folder).unwrap());
+            scope.spawn(move || live(seed, 600, Side::new(&at, seed % 2 == 0), Side::new(&model, false)));
+        }
+    });
+    same_trees(&world);
 }
 
 #[test]
