@@ -12,7 +12,7 @@ def promise(t):
         t.remember_reported(*reporters)
         cluster.reboot(first)
         cluster.reboot(second)
-        holder = some_holder(cluster)
+        holder = t.holder()
         t.nothing_lost(holder, since[holder])
         cluster.wait_green(holder)
         t.only_on(holder)
@@ -20,13 +20,3 @@ def promise(t):
     t.equal(holder)
     t.no_guest_errors()
 
-
-def some_holder(cluster):
-    import time
-    for _ in range(1800):
-        for host in cluster.nodes:
-            status = cluster.state(host)
-            if status['state'] in ('PRIM', 'ALONE') and status['vm'] == 'running':
-                return host
-        time.sleep(0.1)
-    raise LabError(f'nobody runs the VM: {[cluster.state(h) for h in cluster.nodes]}')

@@ -12,7 +12,7 @@ def promise(t):
     [module] = h1.pids('vmtwin', 'module', 'db')
     h1.signal(module, 'SIGKILL')
     t.remember_reported(h1)
-    holder = cluster_holder(cluster)
+    holder = t.holder()
     t.nothing_lost(holder, since[holder])
     t.goes_on(holder)
     cluster.wait_green(holder)
@@ -20,14 +20,3 @@ def promise(t):
     t.equal(holder)
     t.no_guest_errors()
 
-
-def cluster_holder(cluster):
-    """The node that has the VM now: the same one, restarted, or the other."""
-    import time
-    for _ in range(1200):
-        for host in cluster.nodes:
-            status = cluster.state(host)
-            if status['state'] in ('PRIM', 'ALONE') and status['vm'] == 'running' and cluster.running_on() == [host.name]:
-                return host
-        time.sleep(0.2)
-    raise LabError(f'nobody took the VM over: {[cluster.state(h) for h in cluster.nodes]}')

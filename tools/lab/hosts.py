@@ -4,7 +4,7 @@ of it goes away with `Lab.close`.
 
 Networks (in the lab's own switch namespace): `m0` 10.77.0.N management, `r0` 10.78.0.N replication.
 """
-import atexit, os, shutil, signal, subprocess, sys, tempfile, time, uuid
+import atexit, fcntl, os, shutil, signal, struct, subprocess, sys, tempfile, time, uuid
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 TREE = os.path.dirname(os.path.dirname(HERE))
@@ -76,9 +76,9 @@ class Lab:
             run('ip', '-n', self.switch, 'link', 'add', bridge, 'type', 'bridge')
             run('ip', '-n', self.switch, 'link', 'set', bridge, 'up')
 
-    def host(self, name, number, libvirt=True):
-        """Makes and boots one."""
-        host = Host(self, name, number, libvirt)
+    def host(self, name, number, libvirt=True, forgetful_mib=None):
+        """Makes and boots one; `forgetful_mib`: its /var/lib lies on a disk of that size that forgets what was not flushed when the power goes."""
+        host = Host(self, name, number, libvirt, ForgetfulDisk(f'{self.dir}/{name}', forgetful_mib) if forgetful_mib else None)
         self.hosts[name] = host
         host.boot()
         return host
@@ -96,6 +96,8 @@ class Lab:
                 print(f'lab: {host.name} did not go down: {error}', file=sys.stderr)
         run('ip', 'netns', 'del', self.switch, check=False)
         for host in self.hosts.values():
+            if host.disk:
+                host.disk.off()
             try:
                 os.rmdir(host.cgroup)
             except OSError as error:
@@ -125,8 +127,8 @@ class Lab:
 class Host:
     """One host. Its files: etc, run, lib (/var/lib), log, cache, srv, out (what its processes printed)."""
 
-    def __init__(self, lab, name, number, libvirt):
-        self.lab, self.name, self.number, self.libvirt = lab, name, number, libvirt
+    def __init__(self, lab, name, number, libvirt, disk=None):
+        self.lab, self.name, self.number, self.libvirt, self.disk = lab, name, number, libvirt, disk
         self.dir = f'{lab.dir}/{name}'
         self.cgroup = f'{lab.cgroup}/{name}'
         self.netns = f'vl{lab.tag}{name}'
@@ -136,6 +138,8 @@ class Host:
         self.boots = 0
         self.processes = []
         os.mkdir(self.cgroup)
+        if disk:
+            disk.make()
         for sub in ('run', 'lib/libvirt/images', 'lib/vmtwin', 'log/libvirt', 'cache/libvirt', 'srv', 'out'):
             os.makedirs(f'{self.dir}/{sub}')
         run('chmod', '755', self.dir, f'{self.dir}/lib', f'{self.dir}/lib/libvirt', f'{self.dir}/lib/libvirt/images', f'{self.dir}/log',
@@ -157,6 +161,8 @@ class Host:
     def boot(self):
         """Power on: a new boot id, an empty /run, the namespaces, the links, libvirtd."""
         self.boots += 1
+        if self.disk and not self.disk.on:
+            self.disk.power_on()
         shutil.rmtree(f'{self.dir}/run', ignore_errors=True)
         os.makedirs(f'{self.dir}/run/libvirt')
         os.makedirs(f'{self.dir}/run/lock')
@@ -172,6 +178,8 @@ class Host:
         d = self.dir
         script = f'''set -e
 hostname {self.name}
+# Disks of other hosts came along with the mount table; a reference kept here would keep their file systems alive over a power cut.
+for m in $(awk '$2 ~ "^{self.lab.dir}/" && $2 !~ "^{d}/" {{ print $2 }}' /proc/self/mounts | sort -r); do umount -l $m; done
 for pair in etc:/etc run:/run lib:/var/lib log:/var/log cache:/var/cache srv:/srv; do mount --bind {d}/${{pair%%:*}} ${{pair#*:}}; done
 mount --bind {d}/boot_id /proc/sys/kernel/random/boot_id
 exec sleep infinity
@@ -188,7 +196,7 @@ exec sleep infinity
         return False
 
     def kill(self):
-        """Power off without warning: the links first, then all processes at once. Returns when all are gone."""
+        """Power off without warning: the links first, then all processes at once. Returns when all are gone; a forgetful disk has forgotten then."""
         for kind in 'mr':
             run('ip', '-n', self.lab.switch, 'link', 'del', f'p{kind}{self.name}', check=False)
         if os.path.exists(f'{self.cgroup}/cgroup.freeze'):
@@ -200,6 +208,8 @@ exec sleep infinity
         self.processes = []
         self.init = None
         run('ip', 'netns', 'del', self.netns, check=False)
+        if self.disk and self.disk.on:
+            self.disk.cut()
 
     @property
     def up(self):
@@ -284,6 +294,59 @@ exec sleep infinity
 
     def signal(self, pid, what):
         os.kill(pid, getattr(signal, what))
+
+
+class ForgetfulDisk:
+    """An ext4 at DIR/lib whose unflushed writes die with the power.
+
+    An inner file system on a buffered loop device, whose image lies in an outer one on a direct loop device: a flush of the inner one is an fsync of
+    its image; the power cut is ext4's SHUTDOWN ioctl, without a flush of its log, on the outer one.
+    """
+    SHUTDOWN, NO_LOG_FLUSH = 0x8004587D, 2
+
+    def __init__(self, dir, size_mib):
+        self.dir, self.size, self.on = dir, size_mib, False
+
+    def make(self):
+        os.makedirs(f'{self.dir}/outer')
+        os.makedirs(f'{self.dir}/lib')
+        run('truncate', '-s', f'{self.size * 9 // 8 + 64}M', f'{self.dir}/outer.img')
+        run('mkfs.ext4', '-q', '-F', f'{self.dir}/outer.img')
+        self._outer()
+        run('fallocate', '-l', f'{self.size}M', f'{self.dir}/outer/inner.img')
+        run('mkfs.ext4', '-q', '-F', f'{self.dir}/outer/inner.img')
+        run('sync', '-f', f'{self.dir}/outer')
+        run('mount', '-o', 'loop', f'{self.dir}/outer/inner.img', f'{self.dir}/lib')
+        self.on = True
+
+    def _outer(self):
+        self.loop = run('losetup', '--find', '--show', '--direct-io=on', f'{self.dir}/outer.img').stdout.strip()
+        # A long commit interval: nothing becomes durable by itself.
+        run('mount', '-o', 'commit=300', self.loop, f'{self.dir}/outer')
+
+    def power_on(self):
+        self._outer()
+        run('mount', '-o', 'loop', f'{self.dir}/outer/inner.img', f'{self.dir}/lib')
+        self.on = True
+
+    def cut(self):
+        self.on = False
+        fd = os.open(f'{self.dir}/outer', os.O_RDONLY)
+        fcntl.ioctl(fd, self.SHUTDOWN, struct.pack('I', self.NO_LOG_FLUSH))
+        os.close(fd)
+        self._unmount()
+
+    def off(self):
+        """For good."""
+        if self.on:
+            self.on = False
+            self._unmount()
+
+    def _unmount(self):
+        for mount in ('lib', 'outer'):
+            wait_for(f'{self.dir}/{mount} to be unmounted', lambda: run('umount', f'{self.dir}/{mount}', check=False).returncode in (0, 32)
+                     and f'{self.dir}/{mount} ' not in open('/proc/mounts').read(), 60)
+        run('losetup', '-d', self.loop, check=False)
 
 
 def write(path, text):

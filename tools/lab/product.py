@@ -4,10 +4,11 @@ from hosts import LabError, wait_for
 
 
 class Cluster:
-    def __init__(self, lab, clear_link=False):
+    def __init__(self, lab, clear_link=False, forgetful=False):
         self.lab = lab
-        self.h1 = lab.host('h1', 1)
-        self.h2 = lab.host('h2', 2)
+        disk = 768 if forgetful else None
+        self.h1 = lab.host('h1', 1, forgetful_mib=disk)
+        self.h2 = lab.host('h2', 2, forgetful_mib=disk)
         self.w1 = lab.host('w1', 3, libvirt=False)
         self.clear_link = clear_link
         self.witness_process = None
