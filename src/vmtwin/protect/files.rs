@@ -84,7 +84,7 @@ fn exists(path: &Path) -> Result<bool, ProtectError> {
     match path.symlink_metadata() {
         Ok(found) if found.is_file() => Ok(true),
         Ok(_) => Err(io::Error::other("it is no plain file any more")).during("use", path),
-        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(false),
+        Err(e) if matches!(e.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => Ok(false),
         Err(e) => Err(e).during("look at", path),
     }
 }
@@ -96,7 +96,11 @@ fn is_original(path: &Path, step: &FileStep) -> Result<bool, ProtectError> {
 
 /// Removes a file durably; one that is not there is removed.
 pub(super) fn remove(path: &Path) -> Result<(), ProtectError> {
-    crate::config::durable::remove(path).during("remove", path)
+    match crate::config::durable::remove(path) {
+        // Its folder is no folder (any more).
+        Err(e) if e.kind() == io::ErrorKind::NotADirectory => Ok(()),
+        removed => removed.during("remove", path),
+    }
 }
 
 /// Makes the names in the folder of `path` durable.
@@ -140,9 +144,9 @@ fn copy_content(from: &Path, to: &Path, tell: &mut Tell<'_>) -> Result<(), Prote
     target.set_len(found.len()).during("size", to)?;
     let mut buffer = vec![0; CHUNK];
     let mut at = 0;
-    while let Some(start) = next_data(&source, at, found.len()).during("read", from)? {
+    while let Some((start, end)) = next_data(&source, at, found.len()).during("read", from)? {
         tell(&Progress { step: "copy", path: from, bytes_done: start, bytes_total: found.len() });
-        let length = CHUNK.min(usize::try_from(found.len() - start).unwrap_or(CHUNK));
+        let length = chunk(start, end);
         source.read_exact_at(&mut buffer[..length], start).during("read", from)?;
         target.write_all_at(&buffer[..length], start).during("write", to)?;
         at = start + length as u64;
@@ -158,18 +162,25 @@ fn copy_content(from: &Path, to: &Path, tell: &mut Tell<'_>) -> Result<(), Prote
     target.sync_all().during("flush", to)
 }
 
-/// Where the file's next byte that is not in a hole lies, from `at` on.
-fn next_data(file: &File, at: u64, size: u64) -> io::Result<Option<u64>> {
+/// The file's next range that is not a hole, from `at` on.
+fn next_data(file: &File, at: u64, size: u64) -> io::Result<Option<(u64, u64)>> {
     if at >= size {
         return Ok(None);
     }
-    match seek(file, SeekFrom::Data(at)) {
-        Ok(found) => Ok((found < size).then_some(found)),
-        Err(Errno::NXIO) => Ok(None),
+    let start = match seek(file, SeekFrom::Data(at)) {
+        Ok(start) => start,
+        Err(Errno::NXIO) => return Ok(None),
         // A file system without holes.
-        Err(Errno::INVAL | Errno::OPNOTSUPP) => Ok(Some(at)),
-        Err(error) => Err(error.into()),
-    }
+        Err(Errno::INVAL | Errno::OPNOTSUPP) => at,
+        Err(error) => return Err(error.into()),
+    };
+    let end = seek(file, SeekFrom::Hole(start)).unwrap_or(size).min(size);
+    Ok((start < end).then_some((start, end)))
+}
+
+/// Bytes of a range that are taken at once.
+fn chunk(start: u64, end: u64) -> usize {
+    usize::try_from(end - start).map_or(CHUNK, |length| length.min(CHUNK))
 }
 
 /// Whether both have the same size and bytes, read from the disk where the system lets us say so.
@@ -191,11 +202,19 @@ fn same_content(one: &Path, other: &Path, tell: &mut Tell<'_>) -> Result<bool, P
         let data = |file: &File, path: &Path| next_data(file, at, size).during("read", path);
         let next = match (data(&one_file, one)?, data(&other_file, other)?) {
             (None, None) => return Ok(true),
-            (Some(a), Some(b)) => a.min(b),
+            // What is a hole in both is equal; the end of the nearer one's data is where to look again.
+            (Some(a), Some(b)) => {
+                if a.0 <= b.0 {
+                    a
+                } else {
+                    b
+                }
+            }
             (Some(a), None) | (None, Some(a)) => a,
         };
+        let (next, end) = next;
         tell(&Progress { step: "verify", path: other, bytes_done: next, bytes_total: size });
-        let length = CHUNK.min(usize::try_from(size - next).unwrap_or(CHUNK));
+        let length = chunk(next, end);
         one_file.read_exact_at(&mut left[..length], next).during("read", one)?;
         other_file.read_exact_at(&mut right[..length], next).during("read", other)?;
         if left[..length] != right[..length] {

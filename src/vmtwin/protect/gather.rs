@@ -53,6 +53,9 @@ pub fn commit(paths: &Paths, module: &ModuleName) -> Result<(), ProtectError> {
         }
         if pending.plan.kind == Kind::Unprotect {
             restore::remove_marks(&pending.plan.dir)?;
+            if !pending.plan.files.is_empty() {
+                remove_folder(&pending.plan.dir)?;
+            }
         }
         journal::remove(paths, module)?;
     }
@@ -199,8 +202,8 @@ fn make_folder(path: &Path, mode: u32) -> Result<(), ProtectError> {
 fn remove_folder(path: &Path) -> Result<(), ProtectError> {
     match fs::remove_dir(path) {
         Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
-        // Somebody put a file there meanwhile: it is not ours to remove.
-        Err(e) if e.kind() == io::ErrorKind::DirectoryNotEmpty => Ok(()),
+        // Somebody put something there meanwhile: it is not ours to remove.
+        Err(e) if matches!(e.kind(), io::ErrorKind::DirectoryNotEmpty | io::ErrorKind::NotADirectory) => Ok(()),
         removed => removed.during("remove", path),
     }?;
     files::sync_folder(path)

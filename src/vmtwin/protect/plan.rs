@@ -155,6 +155,8 @@ struct Part {
     /// Symbolic links resolved.
     real: PathBuf,
     copy: bool,
+    /// A backing layer: gets its name after the disks have theirs.
+    lower: bool,
     /// Goes only if nobody else has it and it is small.
     drive: Option<String>,
 }
@@ -325,7 +327,11 @@ impl Planner<'_> {
             Err(sentence) => self.no.push(sentence),
             Ok(Chain { below, headers }) => {
                 for layer in &below {
+                    let known = self.files.len();
                     self.file(&layer.path, &disk.target, false, None);
+                    if let Some(part) = self.files.get_mut(known) {
+                        part.lower = true;
+                    }
                 }
                 let formats = std::iter::once(&disk.format).chain(below.iter().map(|l| &l.format));
                 let names = std::iter::once(file).chain(below.iter().map(|l| l.path.as_str()));
@@ -360,7 +366,7 @@ impl Planner<'_> {
                 Ok(_) if real.to_str().is_none() => format!("{of}: the name of {named} is no text"),
                 Ok(_) => {
                     if !self.files.iter().any(|part| part.named == named) {
-                        self.files.push(Part { named: named.to_owned(), real, copy, drive });
+                        self.files.push(Part { named: named.to_owned(), real, copy, lower: false, drive });
                     }
                     return;
                 }
@@ -486,6 +492,7 @@ impl Planner<'_> {
         let real_dir = self.dir.canonicalize().unwrap_or_else(|_| self.dir.to_owned());
         let ground = self.dir.ancestors().find(|path| path.is_dir()).unwrap_or(Path::new("/"));
         let device = ground.metadata().during("look at", ground)?.dev();
+        self.files.sort_by_key(|part| part.lower);
         let mut placed: BTreeMap<&Path, String> = BTreeMap::new();
         let mut taken: BTreeSet<String> = [METADATA, METADATA_LOCAL].map(str::to_owned).into();
         // Names that files have in the directory already stay theirs.

@@ -243,7 +243,7 @@ pub(super) fn remove_marks(dir: &Path) -> Result<(), ProtectError> {
     for mark in MARKS {
         let path = dir.join(mark);
         match fs::remove_dir_all(&path) {
-            Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
+            Err(e) if matches!(e.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => Ok(()),
             removed => removed.during("remove", &path),
         }?;
     }
