@@ -24,6 +24,8 @@ const MINOR_MAX: u32 = 41;
 /// How long the kernel's INIT may take; it is there when mount(2) returns.
 const INIT_WAIT: Timespec = Timespec { tv_sec: 60, tv_nsec: 0 };
 const POLLIN: i16 = 1;
+/// Messages that `next` gives between two calls of `arm`: who serves them has a lease and a peer to look at, too.
+const ROUND: u32 = 64;
 
 /// What comes from the kernel.
 #[derive(Debug)]
@@ -75,6 +77,8 @@ pub struct Fuse {
     device: Descriptor,
     kernel: Kernel,
     readable: bool,
+    /// Messages left in this round.
+    round: u32,
     armed: Option<OpId>,
     ended: bool,
 }
@@ -90,7 +94,7 @@ impl Fuse {
         let kernel = handshake(&device, options).inspect_err(|_| {
             let _ = mount::detach(path);
         })?;
-        Ok(Self { device: Rc::new(device), kernel, readable: true, armed: None, ended: false })
+        Ok(Self { device: Rc::new(device), kernel, readable: true, round: ROUND, armed: None, ended: false })
     }
 
     /// What the kernel has.
@@ -100,9 +104,11 @@ impl Fuse {
     }
 
     /// The next message, whose data is in a slot of `pool`. Requests that are of no use to us were answered with ENOSYS.
+    /// Says `Empty` after 64 messages too: then the armed poll completes at once.
     pub fn next(&mut self, pool: &Pool) -> Event {
-        while self.readable && !self.ended {
+        while self.readable && self.round > 0 && !self.ended {
             let Some(mut slot) = pool.take() else { return Event::NoSlot };
+            self.round -= 1;
             match rustix::io::read(&self.device, slot.headed_mut(WRITE_HEAD_BYTES)) {
                 Ok(len) => match decode(slot, len) {
                     Decoded::Request(request) => return Event::Request(request),
@@ -121,9 +127,11 @@ impl Fuse {
         if self.ended { Event::Ended } else { Event::Empty }
     }
 
-    /// Arms the poll, once, if there is nothing to read now. Its completion carries `token`: call `polled` then.
+    /// To be called before each `Ring::wait`: arms the poll, once, unless there are messages that wait for a slot. Its
+    /// completion carries `token`: call `polled` then.
     pub fn arm(&mut self, ring: &mut Ring, token: u64) {
-        if !self.readable && self.armed.is_none() && !self.ended {
+        let stopped_short = std::mem::replace(&mut self.round, ROUND) == 0;
+        if (stopped_short || !self.readable) && self.armed.is_none() && !self.ended {
             self.armed = Some(ring.poll(&self.device, POLLIN, token));
         }
     }

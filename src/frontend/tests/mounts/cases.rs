@@ -115,6 +115,28 @@ fn asynchronous_direct_io_reaches_the_server_at_its_full_depth() {
 }
 
 #[test]
+fn a_flood_is_taken_in_rounds_and_nothing_of_it_is_left_lying() {
+    let Some(world) = world(Config { slots: 256, ..Config::default() }) else { return };
+    let file = open_direct(&world.at.join("disk"));
+    file.set_len(MIB as u64).unwrap();
+    let disk: Descriptor = Rc::new(OwnedFd::from(file));
+    let mut ring = Ring::new(256).unwrap();
+    let mut done = Vec::new();
+    for _ in 0..10 {
+        for n in 0..200 {
+            ring.read(&disk, vec![1; 4096], 0..4096, n * 4096, n);
+        }
+        while done.len() < 200 {
+            ring.wait(None, &mut done).unwrap();
+        }
+        assert!(
+            done.drain(..).all(|c| matches!(c.result, Ok(4096)) && c.memory.unwrap().bytes().iter().all(|&b| b == 0))
+        );
+    }
+    assert!(world.server().control.round_max.load(Ordering::SeqCst) <= 64);
+}
+
+#[test]
 fn more_requests_than_slots_wait_and_are_all_served() {
     let Some(world) = world(Config { slots: 4, ..Config::default() }) else { return };
     let file = open_direct(&world.at.join("disk"));

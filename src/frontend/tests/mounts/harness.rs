@@ -3,6 +3,7 @@ use crate::server::{Config, Server};
 use rustix::mount::{MountPropagationFlags, mount_change};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use rustix::thread::{UnshareFlags, unshare_unsafe};
+use std::io::Write;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 use tempfile::TempDir;
@@ -33,7 +34,8 @@ pub fn world(config: Config) -> Option<World> {
 pub fn unserved() -> Option<World> {
     if let Err(why) = prepare() {
         assert!(std::env::var_os("VMTWIN_TESTS_MUST_MOUNT").is_none(), "cannot mount here: {why}");
-        eprintln!("SKIPPED: cannot mount here: {why}");
+        // Not by eprintln!, which the test runner swallows.
+        let _ = writeln!(std::io::stderr(), "SKIPPED: cannot mount here: {why}");
         return None;
     }
     let folder = tempfile::tempdir().unwrap();

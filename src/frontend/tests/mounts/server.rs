@@ -33,6 +33,8 @@ pub struct Control {
     pub no_slot: AtomicUsize,
     /// Files that the kernel has a reference to, and the root.
     pub nodes: AtomicUsize,
+    /// Most messages between two waits.
+    pub round_max: AtomicUsize,
     /// End, and abort the connection.
     pub quit: AtomicBool,
 }
@@ -181,7 +183,8 @@ impl State {
 
     /// False when there is nothing to serve any more.
     fn take_requests(&mut self) -> bool {
-        loop {
+        for messages in 0.. {
+            self.control.round_max.fetch_max(messages, Ordering::SeqCst);
             match self.fuse.next(&self.pool) {
                 Event::Request(request) => self.request(request),
                 Event::Forget(list) => list.iter().for_each(|f| self.forget(f.node, f.count)),
@@ -202,6 +205,7 @@ impl State {
                 Event::Ended => return false,
             }
         }
+        unreachable!("a round ends")
     }
 
     fn request(&mut self, request: Request) {
