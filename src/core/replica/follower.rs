@@ -101,7 +101,7 @@ impl Replica {
                 self.follower.suspects = parts;
                 return;
             }
-            Kind::Hello | Kind::Answer | Kind::NewRecord | Kind::Beat | Kind::Bye => {
+            Kind::Hello | Kind::Answer | Kind::NewRecord | Kind::Beat | Kind::Bye | Kind::Tell => {
                 unreachable!("`frame` sends requests only")
             }
         };

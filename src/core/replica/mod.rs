@@ -51,7 +51,7 @@ pub struct Config {
     pub module: ModuleId,
     /// This replica.
     pub me: ReplicaId,
-    /// The other one.
+    /// The other one as far as it is known, 0 if not: a hello says who it really is.
     pub peer: ReplicaId,
     /// Version of the module's configuration, told to the peer.
     pub configuration: u64,
@@ -376,7 +376,7 @@ impl Replica {
         if self.record.as_ref() == Some(&record) {
             return;
         }
-        let (me, peer) = (self.config.me, self.config.peer);
+        let me = self.config.me;
         let before = self.record.replace(record);
         let record = self.record.as_ref().expect("just put there");
         let was_holder = before.as_ref().is_some_and(|old| old.holder == me);
@@ -386,7 +386,7 @@ impl Replica {
         let proposed = self.proposed.take();
         (self.peer_bad, self.quiesce) = (None, None);
         if record.holder == me {
-            let in_sync = record.is_in_sync(peer);
+            let in_sync = record.in_sync.iter().any(|one| *one != me);
             self.is_new = before.is_none() && in_sync;
             if self.is_new {
                 self.peer_bad =
@@ -489,7 +489,7 @@ impl Replica {
     }
 
     fn peer_in_sync(&self) -> bool {
-        self.record.as_ref().is_some_and(|record| record.is_in_sync(self.config.peer))
+        self.record.as_ref().is_some_and(|record| record.in_sync.iter().any(|one| *one != self.config.me))
     }
 
     /// Whether the peer's answer is needed: it is in sync, or may be (R9).

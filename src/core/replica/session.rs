@@ -123,8 +123,14 @@ impl Replica {
             Link::Down | Link::Ending => return,
         }
         let spoken = (hello.protocol_min..=hello.protocol_max).contains(&u16::from(PROTOCOL));
-        if hello.module != self.config.module || hello.replica != self.config.peer || !spoken {
+        if hello.module != self.config.module || hello.replica == self.config.me || !spoken {
             return self.end_link("not our peer: another module, replica or protocol", out);
+        }
+        self.config.peer = hello.replica;
+        let named = self.record.as_ref().is_some_and(|record| record.is_in_sync(hello.replica));
+        if self.role() == Role::Holder && self.peer_in_sync() && !named {
+            // It was set up anew: the replica that the record names is lost, and has to be out first (R3).
+            return self.peer_failed("the peer has another replica than the one in sync", out);
         }
         if let Some(theirs) = hello.record
             && self.record.as_ref().is_none_or(|ours| theirs.is_newer_than(ours))

@@ -67,6 +67,8 @@ kinds! {
     Hash = 11,
     /// Resync: where has `file` data, from `offset` on, no further than `extent` bytes?
     Data = 14,
+    /// A word of one control plane to the other; payload: its byte. Belongs to no session, and the core does not see it.
+    Tell = 15,
     /// Resync: flush everything and end your marks, the join is near (R5).
     Prepare = 12,
     /// The session ends; payload: why, in words.

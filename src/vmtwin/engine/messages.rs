@@ -114,6 +114,10 @@ pub enum FromData {
     PeerDown(String),
     /// The peer says it knows this record and it is not ours: read the register.
     OtherRecord(Record),
+    /// The holder named this record in the session: it is known here now.
+    Adopted(Record),
+    /// A line for the operator's log.
+    Say(String),
     /// The peer's control plane said this.
     Told(Word),
     /// A change of the record is needed; answer with `Proposed`, then `Record` or `NotLanded`.

@@ -75,7 +75,7 @@ impl Store {
     /// # Errors
     /// `ENODATA`, `ENOTSUP` for a family that is not offered.
     pub fn attribute(&self, id: FileId, name: &[u8]) -> Result<Vec<u8>, Errno> {
-        check_family(name)?;
+        check_attribute(name)?;
         read_grown(|buffer| {
             let handle = self.handle(id)?;
             rustix::fs::getxattr(by_descriptor(&handle), name, buffer)
@@ -102,7 +102,7 @@ impl Store {
     /// # Errors
     /// `EEXIST`, `ENODATA`, `ENOTSUP`, `E2BIG`.
     pub fn set_attribute(&self, id: FileId, name: &[u8], value: &[u8], flags: XattrFlags) -> Result<(), Errno> {
-        check_family(name)?;
+        check_attribute(name)?;
         if value.len() > XATTR_BYTES_MAX {
             return Err(Errno::TOOBIG);
         }
@@ -115,7 +115,7 @@ impl Store {
     /// # Errors
     /// `ENODATA`, `ENOTSUP`.
     pub fn remove_attribute(&self, id: FileId, name: &[u8]) -> Result<(), Errno> {
-        check_family(name)?;
+        check_attribute(name)?;
         let handle = self.handle(id)?;
         rustix::fs::removexattr(by_descriptor(&handle), name)
     }
@@ -126,7 +126,11 @@ pub(super) fn is_offered(name: &[u8]) -> bool {
     name.starts_with(b"user.") || name.starts_with(b"security.")
 }
 
-fn check_family(name: &[u8]) -> Result<(), Errno> {
+/// Refuses an attribute that is not offered.
+///
+/// # Errors
+/// `ENOTSUP`.
+pub fn check_attribute(name: &[u8]) -> Result<(), Errno> {
     if is_offered(name) { Ok(()) } else { Err(Errno::NOTSUP) }
 }
 

@@ -100,23 +100,11 @@ impl Store {
         rustix::fs::seek(&self.descriptors(id)?.buffered, to)
     }
 
-    /// Makes a folder's names durable.
+    /// A folder's descriptor, to flush its names by.
     ///
     /// # Errors
     /// What the kernel says.
-    pub fn flush_folder(&self, id: FileId) -> Result<(), Errno> {
-        rustix::fs::fsync(self.tree.open(id, OFlags::RDONLY | OFlags::DIRECTORY)?)
-    }
-
-    /// Makes one file durable, attributes too, or one folder. A symbolic link is durable with its folder.
-    ///
-    /// # Errors
-    /// What the kernel says.
-    pub fn flush(&mut self, id: FileId) -> Result<(), Errno> {
-        match self.kind(id)? {
-            Kind::File => rustix::fs::fsync(&self.descriptors(id)?.buffered),
-            Kind::Directory => self.flush_folder(id),
-            _ => Ok(()),
-        }
+    pub fn folder_descriptor(&self, id: FileId) -> Result<Rc<OwnedFd>, Errno> {
+        Ok(Rc::new(self.tree.open(id, OFlags::RDONLY | OFlags::DIRECTORY)?))
     }
 }

@@ -19,6 +19,7 @@ mod names;
 pub mod replica;
 mod tree;
 
+pub use attributes::check_attribute;
 pub use files::{Descriptors, Seek};
 pub use replica::{create_replica, open_replica};
 pub use tree::Scanned;
@@ -43,6 +44,8 @@ pub struct Store {
     open: BTreeMap<FileId, Descriptors>,
     /// Files and folders that were changed and not flushed since; at the start all, whoever wrote them.
     unflushed: BTreeSet<FileId>,
+    /// Files whose attributes or length were changed by name: a flush of their data alone would not do.
+    changed: BTreeSet<FileId>,
 }
 
 impl Store {
@@ -58,7 +61,7 @@ impl Store {
         tree::empty_folder(&parked)?;
         let (tree, scanned) = Tree::scan(root)?;
         let unflushed = tree.nodes.keys().copied().collect();
-        Ok((Self { tree, local, parked, open: BTreeMap::new(), unflushed }, scanned))
+        Ok((Self { tree, local, parked, open: BTreeMap::new(), unflushed, changed: BTreeSet::new() }, scanned))
     }
 
     /// Which file lies under a name.
@@ -124,18 +127,15 @@ impl Store {
         self.unflushed.insert(id);
     }
 
+    /// Whether a file's attributes changed since this was asked last.
+    pub fn take_changed(&mut self, id: FileId) -> bool {
+        self.changed.remove(&id)
+    }
+
     /// What is to be flushed so that all is durable; noted as flushed. Who fails to flush it has lost the replica, so nothing
     /// is put back.
     pub fn take_unflushed(&mut self) -> BTreeSet<FileId> {
         std::mem::take(&mut self.unflushed)
-    }
-
-    /// Makes everything durable that was written to this file system.
-    ///
-    /// # Errors
-    /// What the kernel says: this replica has failed then.
-    pub fn flush_all(&self) -> Result<(), Errno> {
-        rustix::fs::syncfs(self.tree.root())
     }
 
     /// A descriptor of the directory, for a thread that flushes the whole file system.

@@ -17,6 +17,10 @@ impl Store {
     /// # Errors
     /// As Linux; `ESTALE` where a name belongs to another file than the operation says. Nothing is changed then.
     pub fn apply(&mut self, op: &Op) -> Result<(), Errno> {
+        for file in op.files() {
+            self.touch(file);
+            self.changed.insert(file);
+        }
         match op {
             Op::Create { parent, name, id, owner } => self.make(*parent, name, *id, (Kind::File, b""), *owner),
             Op::Mkdir { parent, name, id, owner } => self.make(*parent, name, *id, (Kind::Directory, b""), *owner),
@@ -95,7 +99,6 @@ impl Store {
         }
         self.tree.add_name(folder, name.as_bytes(), id);
         self.touch(folder);
-        self.touch(id);
         Ok(())
     }
 
@@ -220,7 +223,6 @@ impl Store {
         if let Some(size) = attrs.size {
             self.truncate(id, size)?;
         }
-        self.touch(id);
         self.set_attributes(id, attrs)
     }
 
