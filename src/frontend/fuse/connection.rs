@@ -81,6 +81,8 @@ pub struct Fuse {
     round: u32,
     armed: Option<OpId>,
     ended: bool,
+    /// Header and fields of the answer that is being written: kept for its room.
+    answer: Bytes,
 }
 
 impl Fuse {
@@ -94,7 +96,15 @@ impl Fuse {
         let kernel = handshake(&device, options).inspect_err(|_| {
             let _ = mount::detach(path);
         })?;
-        Ok(Self { device: Rc::new(device), kernel, readable: true, round: ROUND, armed: None, ended: false })
+        Ok(Self {
+            device: Rc::new(device),
+            kernel,
+            readable: true,
+            round: ROUND,
+            armed: None,
+            ended: false,
+            answer: Bytes::default(),
+        })
     }
 
     /// What the kernel has.
@@ -159,13 +169,16 @@ impl Fuse {
             op::OPEN | op::CREATE => fopen::DIRECT_IO | fopen::PARALLEL_DIRECT_WRITES,
             _ => 0,
         };
-        let answer = reply.encode(open_flags);
-        assert!(answer.data.len() <= ticket.room as usize, "an answer holds what was asked for at most");
-        let len = OUT_HEADER_BYTES + answer.fields.len() + answer.data.len();
-        let mut header = Bytes::default();
-        let len = u32::try_from(len).expect("an answer's room is below 4 GiB");
-        header.u32(len).u32((-answer.error) as u32).u64(ticket.unique);
-        let parts = [IoSlice::new(&header.0), IoSlice::new(&answer.fields), IoSlice::new(answer.data)];
+        let out = &mut self.answer;
+        out.0.clear();
+        out.zeroes(OUT_HEADER_BYTES);
+        let (error, data) = reply.encode(open_flags, out);
+        assert!(data.len() <= ticket.room as usize, "an answer holds what was asked for at most");
+        let len = u32::try_from(out.0.len() + data.len()).expect("an answer's room is below 4 GiB");
+        out.0[0..4].copy_from_slice(&len.to_ne_bytes());
+        out.0[4..8].copy_from_slice(&(-error).to_ne_bytes());
+        out.0[8..16].copy_from_slice(&ticket.unique.to_ne_bytes());
+        let parts = [IoSlice::new(&out.0), IoSlice::new(data)];
         // ENOENT: nobody waits for it any more. After any other error the kernel has ended the request itself.
         let _ = rustix::io::writev(&self.device, &parts);
     }

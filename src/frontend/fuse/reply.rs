@@ -168,31 +168,24 @@ impl Entry {
     }
 }
 
-/// An answer as the kernel takes it: an error number (0 for none), fixed fields, then data.
-pub(super) struct Encoded<'a> {
-    pub error: i32,
-    pub fields: Vec<u8>,
-    pub data: &'a [u8],
-}
-
 impl Reply<'_> {
+    /// Appends the answer's fixed fields; gives its error number (0 for none) and the data to go behind them.
     /// `open_flags`: what an opened file is told.
-    pub(super) fn encode(&self, open_flags: u32) -> Encoded<'_> {
-        let mut out = Bytes::default();
+    pub(super) fn encode(&self, open_flags: u32, out: &mut Bytes) -> (i32, &[u8]) {
         let (mut error, mut data): (i32, &[u8]) = (0, &[]);
         match self {
             Self::Error(errno) => error = errno.raw_os_error(),
             Self::Done => {}
-            Self::Entry(entry) => entry.write(&mut out),
+            Self::Entry(entry) => entry.write(out),
             Self::Attr(attr, valid) => {
                 out.spans(&[*valid]).u32(0);
-                attr.write(&mut out);
+                attr.write(out);
             }
             Self::Opened(handle) => {
                 out.u64(*handle).u32(open_flags).u32(0);
             }
             Self::Created(entry, handle) => {
-                entry.write(&mut out);
+                entry.write(out);
                 out.u64(*handle).u32(open_flags).u32(0);
             }
             Self::Data(bytes) => data = bytes,
@@ -211,7 +204,7 @@ impl Reply<'_> {
                 out.u64(*offset);
             }
         }
-        Encoded { error, fields: out.0, data }
+        (error, data)
     }
 }
 
@@ -220,8 +213,9 @@ mod tests {
     use super::*;
 
     fn bytes(reply: &Reply<'_>) -> usize {
-        let encoded = reply.encode(65);
-        encoded.fields.len() + encoded.data.len()
+        let mut fields = Bytes::default();
+        let (_, data) = reply.encode(65, &mut fields);
+        fields.0.len() + data.len()
     }
 
     #[test]

@@ -38,7 +38,8 @@ pub fn unserved() -> Option<World> {
         let _ = writeln!(std::io::stderr(), "SKIPPED: cannot mount here: {why}");
         return None;
     }
-    let folder = tempfile::tempdir().unwrap();
+    // Where other users can get to, too.
+    let folder = tempfile::Builder::new().prefix("vmtwin-").tempdir_in("/tmp").unwrap();
     let [back, at, model] = ["back", "at", "model"].map(|name| folder.path().join(name));
     for path in [&back, &at, &model] {
         std::fs::create_dir(path).unwrap();
