@@ -38,7 +38,9 @@ pub enum Event {
     Applied(JobId, Outcome),
     /// One of the two answers to `AskData`.
     Data(JobId, Side, Data),
-    /// One of the two answers to `Hash`: one per unit, in order; a part unit at the end of the file as it is, none beyond.
+    /// One of the two answers to `Hash`: one per unit, in order, none for units beyond the end of the file. A part unit at
+    /// the end is filled up with zeros: a guest's write further on, which makes one side longer a little before the other,
+    /// does not touch the claim of these bytes.
     Hashes(JobId, Side, Vec<[u8; 32]>),
     /// The target has written what `Copy` read; this many bytes of data travelled (0: zeros, as a hole).
     Copied(JobId, u64),

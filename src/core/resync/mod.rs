@@ -405,20 +405,21 @@ impl Resync {
         self.jobs.remove(&id);
         self.moved = now;
         let units = (range.end - range.start) / unit;
-        let differs = |n: &u64| {
-            let n = usize::try_from(*n).expect("a batch is small");
-            here.get(n) != there.get(n)
-        };
+        let at = |n: u64| usize::try_from(n).expect("a batch is small");
+        let differs = |n: &u64| here.get(at(*n)) != there.get(at(*n));
         let place = |n: u64| range.start + n * unit..range.start + (n + 1) * unit;
-        let mut differing = (0..units).filter(differs).map(place);
+        let mut differing = (0..units).filter(differs);
         if proof {
             for wrong in differing {
-                effects.push(Effect::Unequal(file, wrong.start));
-                map.mark(Mark::Send, file, &wrong);
+                // Where one side has none a guest's write beyond made the file longer there just now.
+                if here.len().min(there.len()) > at(wrong) {
+                    effects.push(Effect::Unequal(file, place(wrong).start));
+                }
+                map.mark(Mark::Send, file, &place(wrong));
             }
             self.bytes_done += range.end - range.start;
         } else if unit == PAGE_BYTES {
-            for page in differing {
+            for page in differing.map(place) {
                 map.mark(Mark::Send, file, &page);
             }
             map.settle(Mark::Compare, file, &range);
@@ -429,7 +430,7 @@ impl Resync {
                 self.bytes_done += range.end - range.start;
                 return;
             };
-            let rest = first.start..differing.last().map_or(first.end, |last| last.end);
+            let rest = place(first).start..place(differing.last().unwrap_or(first)).end;
             for equal in [range.start..rest.start, rest.end..range.end] {
                 map.settle(Mark::Compare, file, &equal);
                 self.bytes_done += equal.end - equal.start;
@@ -500,9 +501,11 @@ impl Resync {
 /// The first part of a run that can be proved by one batch, and in which units: blocks where whole ones were copied.
 fn proof_of(run: &Range<u64>) -> (Range<u64>, u64) {
     let (first, last) = (run.start.next_multiple_of(BLOCK_BYTES), run.end / BLOCK_BYTES * BLOCK_BYTES);
-    if first == run.start && first < last {
+    if first > run.start {
+        (run.start..run.end.min(first), PAGE_BYTES)
+    } else if first < last {
         (first..last, BLOCK_BYTES)
     } else {
-        (run.start..run.end.min(first.max(run.start + PAGE_BYTES)), PAGE_BYTES)
+        (run.clone(), PAGE_BYTES)
     }
 }
