@@ -410,12 +410,18 @@ impl Resync {
         let place = |n: u64| range.start + n * unit..range.start + (n + 1) * unit;
         let mut differing = (0..units).filter(differs);
         if proof {
+            let mut unequal = false;
             for wrong in differing {
                 // Where one side has none a guest's write beyond made the file longer there just now.
                 if here.len().min(there.len()) > at(wrong) {
                     effects.push(Effect::Unequal(file, place(wrong).start));
                 }
                 map.mark(Mark::Send, file, &place(wrong));
+                unequal = true;
+            }
+            if unequal {
+                // The durable map has let go of it.
+                effects.push(Effect::SaveMap(self.number()));
             }
             self.bytes_done += range.end - range.start;
         } else if unit == PAGE_BYTES {

@@ -442,6 +442,7 @@ impl World {
         for (file, page) in std::mem::take(&mut self.unflushed) {
             self.map.mark(Mark::Compare, file, &(page * PAGE_BYTES..(page + 1) * PAGE_BYTES));
         }
+        self.saved = self.map.snapshot(MODULE, 0);
         self.claims.clear();
         self.mirrored = false;
         self.resync = Resync::begin(self.now, &mut self.effects);
