@@ -3,15 +3,19 @@ use super::{During, Host, Plan, ProtectError, plan::Kind};
 use crate::config::{ModuleConfig, Paths};
 use rustix::fs::statvfs;
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 use std::collections::BTreeMap;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 use vmtwin_core::ids::ModuleName;
-use vmtwin_hypervisor::domain;
+use vmtwin_hypervisor::domain::{self, Domain};
 
 /// Users whose numbers travel with the files they own.
 const USERS: [&str; 3] = ["libvirt-qemu", "qemu", "tss"];
+
+/// Where QEMU's firmware packages describe what they hold.
+const FIRMWARE: [&str; 2] = ["/usr/share/qemu/firmware", "/etc/qemu/firmware"];
 
 /// What the peer must have.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -26,8 +30,8 @@ pub struct Question {
     pub bytes: u64,
     /// The QEMU binary.
     pub emulator: Option<String>,
-    /// Firmware image, and its BLAKE3 hash.
-    pub loader: Option<(String, String)>,
+    /// Files of the firmware package that the VM starts from, or that libvirt chooses from: path, and BLAKE3 hash.
+    pub firmware: BTreeMap<String, String>,
     /// Numbers of the users that own files, by name.
     pub users: BTreeMap<String, u32>,
 }
@@ -39,19 +43,40 @@ pub struct Question {
 pub fn question(plan: &Plan) -> Result<Question, ProtectError> {
     debug_assert_eq!(plan.kind, Kind::Protect, "only a VM that comes is asked for");
     let domain = domain::read(&plan.after)?;
-    let loader = match domain.firmware.loader {
-        Some(path) => Some((path.clone(), hash(Path::new(&path))?)),
-        None => None,
-    };
     Ok(Question {
         vm: plan.vm.clone(),
         uuid: plan.uuid.clone(),
         dir: plan.dir.clone(),
         bytes: plan.bytes,
+        firmware: firmware(&domain)?,
         emulator: domain.emulator,
-        loader,
         users: users()?,
     })
+}
+
+/// The loader that the definition names; where it leaves the choice to libvirt, all descriptions and what they name.
+fn firmware(domain: &Domain) -> Result<BTreeMap<String, String>, ProtectError> {
+    let mut files = BTreeMap::new();
+    if let Some(loader) = &domain.firmware.loader {
+        files.insert(loader.clone(), hash(Path::new(loader))?);
+    } else if domain.firmware.auto.is_some() {
+        for folder in FIRMWARE {
+            let Ok(entries) = fs::read_dir(folder) else { continue };
+            for path in
+                entries.flatten().map(|entry| entry.path()).filter(|path| path.extension() == Some("json".as_ref()))
+            {
+                let text = fs::read_to_string(&path).during("read", &path)?;
+                files.insert(path.to_string_lossy().into_owned(), hash(&path)?);
+                // A description that we do not understand is compared, at least.
+                let described: Value = serde_json::from_str(&text).unwrap_or_default();
+                let image = described.pointer("/mapping/executable/filename").and_then(Value::as_str);
+                if let Some(hash) = image.and_then(|image| hash(Path::new(image)).ok()) {
+                    files.extend(image.map(|image| (image.to_owned(), hash)));
+                }
+            }
+        }
+    }
+    Ok(files)
 }
 
 fn hash(path: &Path) -> Result<String, ProtectError> {
@@ -102,13 +127,12 @@ pub fn check(
     if let Some(emulator) = question.emulator.as_ref().filter(|path| !Path::new(path).exists()) {
         no.push(format!("the peer has no {emulator}: install the same QEMU package"));
     }
-    if let Some((loader, wanted)) = &question.loader {
-        match hash(Path::new(loader)) {
-            Ok(found) if found == *wanted => {}
-            Ok(_) => no.push(format!("{loader} differs on the peer: install the same firmware package on both")),
-            Err(_) => no.push(format!("the peer has no {loader}: install the same firmware package")),
-        }
-    }
+    let missing = question.firmware.iter().find_map(|(file, wanted)| match hash(Path::new(file)) {
+        Ok(found) if found == *wanted => None,
+        Ok(_) => Some(format!("{file} differs on the peer: install the same firmware package on both")),
+        Err(_) => Some(format!("the peer has no {file}: install the same firmware package")),
+    });
+    no.extend(missing);
     let own = users()?;
     for (user, number) in &question.users {
         if let Some(found) = own.get(user).filter(|found| *found != number) {

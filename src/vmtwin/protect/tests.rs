@@ -403,8 +403,8 @@ fn the_peer_says_what_is_missing_there() {
     let users = |number| [("root".to_owned(), number)].into();
     for (words, question) in [
         ("no /no/qemu", peer::Question { emulator: Some("/no/qemu".into()), ..here.clone() }),
-        ("no /no/fd", peer::Question { loader: Some(("/no/fd".into(), String::new())), ..here.clone() }),
-        ("differs", peer::Question { loader: Some(("/etc/passwd".into(), "00".into())), ..here.clone() }),
+        ("no /no/fd", peer::Question { firmware: [("/no/fd".into(), String::new())].into(), ..here.clone() }),
+        ("differs", peer::Question { firmware: [("/etc/passwd".into(), "00".into())].into(), ..here.clone() }),
         ("MiB are needed", peer::Question { bytes: u64::MAX / 2, ..here.clone() }),
         ("not empty", peer::Question { dir: peer.at("flat"), ..here.clone() }),
         ("no directory", peer::Question { dir: peer.at("boot/vmlinuz"), ..here.clone() }),
