@@ -145,6 +145,9 @@ pub fn preflight(
     plan.paths = planner.change.paths;
     plan.before = before;
     plan.autostart = facts.autostart;
+    if facts.autostart {
+        plan.notes.push(format!("autostart of VM {vm} is switched off: vmtwin starts it, on the right host"));
+    }
     Ok(plan)
 }
 
