@@ -297,23 +297,27 @@ impl Replica {
             return;
         }
         let here_only = op.is_here_first() && local.is_err();
+        let early = self.off(Rule::Acknowledge) && op.purpose == Purpose::Guest;
         let peer_has = match op.remote {
             Remote::Answered(there) if there == local => true,
             Remote::Answered(_) => {
                 self.ops.get_mut(&job).expect("just seen").remote = Remote::Unsent;
                 return self.peer_failed("an operation ended otherwise at the peer", out);
             }
-            Remote::Sent if !self.off(Rule::Acknowledge) => return,
-            Remote::Unsent if !here_only && self.needs_peer() && !self.off(Rule::Acknowledge) => return,
+            Remote::Sent if !early => return,
+            Remote::Unsent if !here_only && self.needs_peer() && !early => return,
             _ => false,
         };
         let op = self.ops.remove(&job).expect("just seen");
         if let Some((file, range)) = touched(&op.request) {
-            let marked = !peer_has && !here_only && !self.off(Rule::Acknowledge);
+            let marked = !peer_has && !here_only && !early;
             if marked {
                 self.map.mark(Mark::Send, file, &range);
             }
             self.log.ended(file, &range, marked.then_some(self.map_next));
+            if self.off(Rule::Unflushed) {
+                self.log.flushed(Some(file), self.log.stamp());
+            }
             self.look_at_log |= !self.no_room.is_empty();
         }
         if let Request::Flush { file } = op.request
@@ -335,6 +339,13 @@ impl Replica {
                 out.push(Effect::Quiesced { token, both });
             }
             Purpose::Join => self.own_flushed(job, peer_has, out),
+        }
+    }
+
+    /// Who counts has changed: looks at all requests again.
+    pub(super) fn settle_all(&mut self, out: &mut Vec<Effect>) {
+        for job in self.ops.keys().copied().collect::<Vec<_>>() {
+            self.settle(job, out);
         }
     }
 

@@ -92,8 +92,6 @@ pub enum Rule {
     Acknowledge,
     /// R10: the extent is durable in the activity log before the write goes out.
     Log,
-    /// R6: data flows from the holder.
-    Direction,
     /// R10: extents stay in the log until every replica has flushed.
     Unflushed,
     /// R10: no overlapping write while one is in flight.
@@ -200,7 +198,7 @@ impl Replica {
             marks: config.marks,
             marks_due: false,
             marks_again: false,
-            failed: None,
+            failed: config.marks.erred.then_some(Errno::EIO),
             tell_failed: None,
             ops: BTreeMap::new(),
             held: VecDeque::new(),
@@ -415,10 +413,7 @@ impl Replica {
             }
             if !in_sync {
                 self.fold_log();
-                let jobs: Vec<Job> = self.ops.keys().copied().collect();
-                for job in jobs {
-                    self.settle(job, out);
-                }
+                self.settle_all(out);
             }
         } else {
             let (name, in_sync) = (record.name(), record.is_in_sync(me));
@@ -453,10 +448,7 @@ impl Replica {
             Some(Change::DropPeer) if !self.is_new => self.peer_bad = None,
             Some(Change::JoinPeer) => {
                 self.end_link("the join did not happen", out);
-                let jobs: Vec<Job> = self.ops.keys().copied().collect();
-                for job in jobs {
-                    self.settle(job, out);
-                }
+                self.settle_all(out);
             }
             Some(Change::DropPeer) | None => {}
         }
@@ -467,6 +459,9 @@ impl Replica {
         if due && self.proposed.is_none() && self.now >= self.propose_at && self.drain.is_none() {
             self.proposed = Some(Change::DropPeer);
             out.push(Effect::Propose(Change::DropPeer));
+            if self.off(Rule::DropKnown) {
+                self.settle_all(out);
+            }
         }
     }
 
