@@ -159,6 +159,7 @@ impl Peer {
             return false;
         }
         self.receiving = true;
+        self.unread = 0..0; // of a buffer that is away
         let inbox = std::mem::take(&mut self.inbox);
         ring.recv(&self.socket, inbox, 0..RECEIVE_BYTES, token);
         true
