@@ -147,11 +147,10 @@ pub enum DataOrder {
 /// Orders to the arbiter.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Ask {
-    /// Become the holder, in-sync = {me}; after a hand-over to me, the set as it was (section 3).
-    TakeOver {
-        /// By a release that names this replica.
-        handed_over: bool,
-    },
+    /// Become the holder, in-sync = {me}; after a hand-over to me, the set as it was (R4, section 3).
+    TakeOver,
+    /// Take a release of our own back, where nobody has used it (section 3).
+    TakeBack,
     /// R3.
     DropPeer,
     /// R5.
@@ -246,7 +245,8 @@ pub enum Event {
     NotLanded,
     /// The lease runs until then.
     Lease(Time),
-    /// For a node that is not the holder: no grant of the holder lives and the time to stay back is over; or not any more.
+    /// No holder has given a sign of life to a majority for as long as this node has to stay back (R4: a broken one longer),
+    /// and some record has it in sync; or it was heard again.
     HolderSilent(bool),
     /// The holder released the lease to this replica.
     HandedOver,

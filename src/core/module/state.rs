@@ -1,9 +1,8 @@
 //! What the module machine knows, and what follows from it without any change: who may do what, until when.
 use super::event::{Peer, Progress, Refusal};
 use crate::ids::ReplicaId;
-use crate::limits::{LEASE_MS, TAKEOVER_MS};
 use crate::record::Record;
-use crate::time::{Time, millis};
+use crate::time::Time;
 use std::time::Duration;
 
 /// Local restarts of a VM that crashed, within `CRASH_SPAN`, before it is given up.
@@ -22,8 +21,6 @@ pub const HAND_OVER_LIMIT: Duration = Duration::from_secs(10);
 pub const END_LIMIT: Duration = Duration::from_secs(30);
 /// A node that was told of a stop ends this long after the VM's own limit, whatever the holder does.
 pub const STOP_SPARE: Duration = Duration::from_secs(60);
-/// An in-sync node whose host went down without a clean stop waits this much longer (R4).
-pub const BROKEN_WAIT: Duration = millis(LEASE_MS + TAKEOVER_MS);
 /// At SIGTERM a graceful stop of the VM gets at most this.
 pub const TERMINATE_LIMIT: Duration = Duration::from_secs(60);
 
@@ -137,12 +134,13 @@ pub struct Machine {
     pub(super) broken: bool,
     pub(super) erred: Option<String>,
     pub(super) record: Option<Record>,
-    /// When the known record became known.
-    pub(super) record_since: Time,
     pub(super) lease_until: Time,
     /// R3, R9: acceptors that answer, of how many.
     pub(super) reached: Option<(usize, usize)>,
-    pub(super) silent_since: Option<Time>,
+    /// The arbiter calls the holder silent.
+    pub(super) silent: bool,
+    /// What this process holds was released to the peer, and only a change of our own takes that back.
+    pub(super) released: bool,
     pub(super) handed_over: bool,
     /// By hand (`prim`): no wait, and against `failover off`; until the next record.
     pub(super) takeover_ordered: bool,
@@ -181,10 +179,10 @@ impl Machine {
             broken: false,
             erred: None,
             record: None,
-            record_since: Time(0),
             lease_until: Time(0),
             reached: None,
-            silent_since: None,
+            silent: false,
+            released: false,
             handed_over: false,
             takeover_ordered: false,
             takeover_after: Time(0),
@@ -215,6 +213,24 @@ impl Machine {
     #[must_use]
     pub fn holds(&self) -> bool {
         matches!(self.phase, Phase::Holding | Phase::Leaving { .. })
+    }
+
+    /// R4: whether this replica's host went down without a clean stop, and it was not made equal since.
+    #[must_use]
+    pub fn is_broken(&self) -> bool {
+        self.broken
+    }
+
+    /// Whether a session with the peer stands.
+    #[must_use]
+    pub fn has_peer(&self) -> bool {
+        self.peer.is_some()
+    }
+
+    /// Whether one side is being brought up to date.
+    #[must_use]
+    pub fn is_resyncing(&self) -> bool {
+        self.resync.is_some()
     }
 
     /// Whether `Exit` was given.
@@ -276,7 +292,8 @@ impl Machine {
     }
 
     /// The other replica, if the record has it in sync.
-    pub(super) fn other_in_sync(&self) -> Option<ReplicaId> {
+    #[must_use]
+    pub fn other_in_sync(&self) -> Option<ReplicaId> {
         self.record.as_ref()?.in_sync.iter().copied().find(|r| Some(*r) != self.me)
     }
 
@@ -285,31 +302,22 @@ impl Machine {
         Some(if self.is_holder_by_record() { &self.settings.node } else { &self.settings.peer })
     }
 
-    /// When and why this node would propose itself, as things stand (R4).
+    /// When and why this node would propose itself, as things stand. Whether it may is proved by the register (R4): the
+    /// arbiter writes back what it finds where this node is not in sync.
     pub(super) fn takeover_due(&self) -> Option<(Time, Cause)> {
         let may = matches!(self.phase, Phase::Waiting | Phase::Following)
-            && self.is_in_sync()
             && self.erred.is_none()
             && self.stopping_until.is_none();
-        let (since, cause) = match self.silent_since {
+        let cause = match self.silent {
             _ if !may => return None,
-            _ if self.is_holder_by_record() => (self.record_since, Cause::Own),
-            _ if self.handed_over => return Some((self.takeover_after, Cause::HandedOver)),
-            Some(since) if self.settings.failover || self.takeover_ordered => (since, Cause::Silent),
+            _ if self.is_holder_by_record() && self.released => Cause::TakeBack,
+            // An unbroken in-sync node goes first (R4): a broken one waits until the arbiter calls the holder silent.
+            silent if self.is_holder_by_record() && (silent || !self.broken || self.takeover_ordered) => Cause::Own,
+            _ if self.handed_over => Cause::HandedOver,
+            true if self.settings.failover || self.takeover_ordered => Cause::Silent,
             _ => return None,
         };
-        if self.takeover_ordered {
-            return Some((self.takeover_after, cause));
-        }
-        // An unbroken in-sync node goes first; where it is there and does not, the broken one goes after all.
-        let other_goes_first =
-            self.peer.is_some_and(|p| !p.broken && !p.erred && Some(p.replica) == self.other_in_sync());
-        let wait = match (self.broken, other_goes_first) {
-            (false, _) => Duration::ZERO,
-            (true, false) => BROKEN_WAIT,
-            (true, true) => BROKEN_WAIT + millis(TAKEOVER_MS),
-        };
-        Some(((since + wait).max(self.takeover_after), cause))
+        Some((self.takeover_after, cause))
     }
 
     /// Whether the VM could go to the peer now.

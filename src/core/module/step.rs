@@ -41,9 +41,7 @@ impl Machine {
             E::Known { record, ours } => self.on_known(now, record, ours, effects),
             E::NotLanded => self.on_not_landed(now, effects),
             E::Lease(until) => self.lease_until = until,
-            E::HolderSilent(silent) => {
-                self.silent_since = if silent { self.silent_since.or(Some(now)) } else { None };
-            }
+            E::HolderSilent(silent) => self.silent = silent,
             E::HandedOver => self.handed_over = true,
             E::Reached { answering, voters } => self.reached = Some((answering, voters)),
             E::Vm(news) => self.on_vm(now, news, effects),
@@ -231,7 +229,7 @@ impl Machine {
             && token == drained
         {
             self.phase = Phase::Proposing { cause };
-            effects.push(Effect::Arbiter(Ask::TakeOver { handed_over: cause == Cause::HandedOver }));
+            effects.push(Effect::Arbiter(if cause == Cause::TakeBack { Ask::TakeBack } else { Ask::TakeOver }));
         }
     }
 
@@ -256,6 +254,7 @@ impl Machine {
             }
             (Goal::Swap | Goal::SwapThenStop | Goal::Terminate, Ok(peer)) => {
                 effects.push(Effect::Arbiter(Ask::Release { to: Some(peer.replica) }));
+                self.released = true;
                 self.phase = Phase::Leaving { goal, step: LeaveStep::Releasing { until: now + HAND_OVER_LIMIT } };
             }
             (Goal::Swap | Goal::SwapThenStop, Err(why)) => self.stay(&why, effects),
@@ -271,8 +270,8 @@ impl Machine {
         }
         let was_in_sync = self.is_in_sync() || self.record.is_none();
         self.record = Some(record.clone());
-        self.record_since = now;
-        self.silent_since = None;
+        self.silent = false;
+        self.released = false;
         self.handed_over = false;
         self.takeover_ordered = false;
         if self.is_in_sync() && !was_in_sync {
@@ -354,6 +353,8 @@ impl Machine {
     fn on_not_landed(&mut self, now: Time, effects: &mut Effects) {
         if matches!(self.phase, Phase::Proposing { .. }) {
             self.phase = Phase::Following;
+            // The arbiter speaks of silence again where there still is some.
+            self.silent = false;
             self.takeover_after = now + RETRY_TAKEOVER;
             effects.push(Effect::Data(DataOrder::Undrain));
             note(effects, Level::Info, "takeover-refused", "the other acceptors did not agree; tried again if need be");
@@ -371,6 +372,8 @@ impl Machine {
     fn on_vm(&mut self, now: Time, news: VmNews, effects: &mut Effects) {
         match news {
             VmNews::StartCalled => effects.push(Effect::Mark(Mark::StartCalled)),
+            // Late news of the VM before this one.
+            VmNews::Off { .. } if self.phase == Phase::Holding && self.vm == Vm::Starting => {}
             VmNews::Off { by_itself } => {
                 if !by_itself && self.vm == Vm::Stopping {
                     let text = "the guest did not power off in time: its VM was destroyed";
@@ -753,7 +756,7 @@ impl Machine {
                 "{node} has not got every write that {module} was answered: only {holder} may run it. Bring {holder} back"
             )));
         }
-        if !self.is_holder_by_record() && self.silent_since.is_none() {
+        if !self.is_holder_by_record() && !self.silent {
             return Err(forbidden(format!("{peer} holds {module} and lives: use `vmtwin swap {module}`")));
         }
         self.takeover_ordered = true;

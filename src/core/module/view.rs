@@ -112,7 +112,8 @@ impl Machine {
             notes.push(format!("{answering} of {voters} acceptors answer; one more lost may stop {module}."));
         }
         if self.holds() {
-            notes.push("This version has no guardian: a module process that hangs leaves its VM paused by nobody, its I/O held.".to_owned());
+            notes
+                .push("This version has no guardian: where the module process hangs, nobody pauses its VM.".to_owned());
         }
         notes
     }
@@ -182,21 +183,21 @@ impl Machine {
             };
         }
         match (self.is_in_sync(), self.peer.is_some(), self.resync) {
-            (true, true, _) if self.silent_since.is_none() => (State::Second, Health::Green, String::new()),
-            (true, _, _) => match (majority_missing, self.silent_since) {
+            (true, true, _) if !self.silent => (State::Second, Health::Green, String::new()),
+            (true, _, _) => match (majority_missing, self.silent) {
                 (Some(why), _) => (State::Wait, Health::Red, why),
-                (None, Some(_)) if !self.settings.failover => {
+                (None, true) if !self.settings.failover => {
                     let text = format!(
                         "{peer} is silent, {node} has all data, and failover is off. To run {module} here: `vmtwin prim {module}`."
                     );
                     (State::Wait, Health::Red, text)
                 }
-                (None, Some(_)) => (
+                (None, true) => (
                     State::Second,
                     Health::Magenta,
                     format!("{peer} is silent; {node} is about to take {module} over."),
                 ),
-                (None, None) => {
+                (None, false) => {
                     let why = &self.peer_down;
                     (
                         State::Second,
@@ -245,6 +246,9 @@ impl Machine {
                  `vmtwin restart {module}`, or `vmtwin swap {module}` for the other node."
             );
             return (State::Stop, Health::Magenta, text);
+        }
+        if !self.lease_is_live(now) && self.lease_until == Time(0) && self.majority_missing().is_none() {
+            return (state, Health::Magenta, format!("{node} holds {module} and asks for its lease; wait."));
         }
         if !self.lease_is_live(now) {
             let text = self.majority_missing().unwrap_or_else(|| "The lease is over and being asked for.".to_owned());

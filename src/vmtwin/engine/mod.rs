@@ -1,3 +1,11 @@
 //! The body of `vmtwin module NAME`: the loops that own the cores.
+mod clock;
+pub mod control;
 pub mod data;
+pub mod link;
 pub mod messages;
+pub mod socket;
+mod status;
+#[cfg(test)]
+mod tests;
+pub mod vm;
