@@ -32,5 +32,5 @@ pub use event::{
     Ask, Change, Command, DataOrder, Effect, Event, Level, Mark, Peer, Progress, Refusal, VmCall, VmEnd, VmNews,
     VmOrder, Word,
 };
-pub use state::{Machine, Settings};
+pub use state::{EXIT_FAILED, EXIT_STOPPED, EXIT_TERMINATED, Machine, Settings};
 pub use view::{Health, State, View};

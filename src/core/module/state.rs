@@ -108,8 +108,8 @@ pub(super) enum Phase {
     Leaving { goal: Goal, step: LeaveStep },
     /// Another is the holder, our VM is being killed.
     Deposed,
-    /// The data thread closes.
-    Ending { code: u8, until: Time },
+    /// The data thread closes; the order is given again where the mount was in use.
+    Ending { code: u8, until: Time, again: Option<Time> },
     /// `Exit` is out.
     Over,
 }
@@ -163,6 +163,8 @@ pub struct Machine {
     pub(super) given_up: Option<String>,
     /// The module stops on both nodes, and this one follows: until when it waits for the holder.
     pub(super) stopping_until: Option<Time>,
+    /// Why the directory could not be unmounted yet.
+    pub(super) end_trouble: Option<String>,
     /// Commands whose answer waits for what is under way.
     pub(super) waiting: Vec<u64>,
     pub(super) token: u64,
@@ -198,6 +200,7 @@ impl Machine {
             crashes: Vec::new(),
             given_up: None,
             stopping_until: None,
+            end_trouble: None,
             waiting: Vec::new(),
             token: 0,
         }
@@ -265,7 +268,8 @@ impl Machine {
     pub fn deadline(&self) -> Option<Time> {
         let phase = match self.phase {
             Phase::Leaving { step: LeaveStep::Quiescing { until, .. } | LeaveStep::Releasing { until }, .. }
-            | Phase::Ending { until, .. } => Some(until),
+            | Phase::Ending { until, again: None, .. } => Some(until),
+            Phase::Ending { until, again: Some(again), .. } => Some(until.min(again)),
             _ => None,
         };
         let lease = (self.holds() && self.vm_is_up() && !self.paused_by_us).then_some(self.lease_until);

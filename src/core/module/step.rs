@@ -37,7 +37,7 @@ impl Machine {
             E::Erred(why) => self.on_erred(now, why, effects),
             E::Drained(token) => self.on_drained(token, effects),
             E::Quiesced { token, both } => self.on_quiesced(now, token, both, effects),
-            E::Ended(result) => self.on_data_ended(result, effects),
+            E::Ended(result) => self.on_data_ended(now, result, effects),
             E::Known { record, ours } => self.on_known(now, record, ours, effects),
             E::NotLanded => self.on_not_landed(now, effects),
             E::Lease(until) => self.lease_until = until,
@@ -123,7 +123,7 @@ impl Machine {
     }
 
     fn end(&mut self, now: Time, code: u8, effects: &mut Effects) {
-        self.phase = Phase::Ending { code, until: now + END_LIMIT };
+        self.phase = Phase::Ending { code, until: now + END_LIMIT, again: None };
         effects.push(Effect::Data(DataOrder::End));
     }
 
@@ -159,16 +159,24 @@ impl Machine {
         self.exit(EXIT_FAILED, effects);
     }
 
-    fn on_data_ended(&mut self, result: Result<(), String>, effects: &mut Effects) {
-        let Phase::Ending { code, .. } = self.phase else {
+    fn on_data_ended(&mut self, now: Time, result: Result<(), String>, effects: &mut Effects) {
+        let Phase::Ending { code, until, .. } = self.phase else {
             return self.on_data_failed("the data thread ended unasked".to_owned(), effects);
         };
-        match &result {
-            Ok(()) => note(effects, Level::Info, "stopped", "unmounted, the directory is plain"),
-            Err(why) => note(effects, Level::Error, "stopped", format!("not closed cleanly: {why}")),
+        match result {
+            Ok(()) => {
+                note(effects, Level::Info, "stopped", "unmounted, the directory is plain");
+                self.answer_all(&Ok(()), effects);
+                self.exit(code, effects);
+            }
+            Err(why) => {
+                if self.end_trouble.is_none() {
+                    note(effects, Level::Warn, "busy", format!("not unmounted yet: {why}"));
+                }
+                self.end_trouble = Some(why);
+                self.phase = Phase::Ending { code, until, again: Some(now + RETRY) };
+            }
         }
-        self.answer_all(&result.map_err(failed), effects);
-        self.exit(code, effects);
     }
 
     fn on_peer_up(&mut self, peer: Peer, effects: &mut Effects) {
@@ -592,11 +600,16 @@ impl Machine {
                 self.answer_all(&Err(failed(text)), effects);
                 self.begin_takeover(Cause::TakeBack, effects);
             }
-            Phase::Ending { code, until } if until <= now => {
-                let why = "the data thread did not close in time".to_owned();
-                note(effects, Level::Error, "stopped", why.clone());
-                self.answer_all(&Err(failed(why)), effects);
+            Phase::Ending { code, until, .. } if until <= now => {
+                let why = self.end_trouble.clone().unwrap_or_else(|| "it did not answer".to_owned());
+                let text = format!("not closed cleanly ({why}): the mount is dead until the next start clears it");
+                note(effects, Level::Error, "stopped", text.clone());
+                self.answer_all(&Err(failed(text)), effects);
                 self.exit(code, effects);
+            }
+            Phase::Ending { code, until, again: Some(again) } if again <= now => {
+                self.phase = Phase::Ending { code, until, again: None };
+                effects.push(Effect::Data(DataOrder::End));
             }
             _ => {}
         }

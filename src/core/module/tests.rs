@@ -569,6 +569,16 @@ fn a_data_thread_that_fails_or_never_closes_ends_the_process() {
     assert_eq!(effects.last(), Some(&Effect::Exit(0)));
 }
 
+#[test]
+fn a_directory_in_use_is_unmounted_as_soon_as_it_is_not() {
+    let mut node = Node::second();
+    node.command(Command::Stop { both: false });
+    assert_eq!(node.answers(&Event::Ended(Err("in use by process 7".to_owned()))), []);
+    assert!(node.view().reason.contains("in use by process 7"));
+    assert_eq!(data_orders(&node.pass(millis(2_000))), [DataOrder::End]);
+    assert_eq!(node.answers(&Event::Ended(Ok(()))), [Ok(())]);
+}
+
 // Everything at once.
 
 #[test]

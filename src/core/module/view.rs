@@ -60,7 +60,14 @@ impl Machine {
             Phase::Holding => self.view_holding(now),
             Phase::Leaving { goal, .. } => self.view_leaving(*goal),
             Phase::Deposed => self.view_deposed(),
-            Phase::Ending { .. } => (State::Stop, Health::Magenta, "Unmounting; wait.".to_owned()),
+            Phase::Ending { .. } => (
+                State::Stop,
+                Health::Magenta,
+                match &self.end_trouble {
+                    Some(why) => format!("The directory cannot be unmounted yet: {why}"),
+                    None => "Unmounting; wait.".to_owned(),
+                },
+            ),
             Phase::Over => (State::Stop, Health::Red, "The module process is ending.".to_owned()),
         };
         View {
@@ -243,7 +250,7 @@ impl Machine {
         if let Some(why) = &self.given_up {
             let text = format!(
                 "{node} does not start the VM again, as {why}. Look at `vmtwin log {module}` and the VM's console log, then \
-                 `vmtwin restart {module}`, or `vmtwin swap {module}` for the other node."
+                 `vmtwin start {module}`."
             );
             return (State::Stop, Health::Magenta, text);
         }

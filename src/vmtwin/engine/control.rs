@@ -252,7 +252,8 @@ impl Control {
                 self.watched.resync(now, None);
                 self.tell(now, Event::PeerDown(why));
             }
-            FromData::OtherRecord(record) => self.told_by_holder(now, Some(record)),
+            FromData::OtherRecord(record) | FromData::Adopted(record) => self.told_by_holder(now, Some(record)),
+            FromData::Say(line) => self.note(Level::Info, "replica", &line),
             FromData::Told(word) => self.tell(
                 now,
                 Event::Told(match word {

@@ -5,7 +5,10 @@ pub mod data;
 pub mod link;
 pub mod messages;
 pub mod socket;
+mod start;
 mod status;
 #[cfg(test)]
 mod tests;
 pub mod vm;
+
+pub use start::run;

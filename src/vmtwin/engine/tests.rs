@@ -385,7 +385,8 @@ impl Pair {
         let voters = [0, 1, 2].map(|place| {
             let mut acceptor = Acceptor::new(Stored::new(ModuleId(7), voter(place)), now());
             let ballot = Ballot { number: 1, node: voter(0) };
-            acceptor.handle(now(), &VoterRequest::Accept { ballot, record: record.clone() });
+            let accepted = acceptor.handle(now(), &VoterRequest::Accept { ballot, record: record.clone() });
+            assert!(accepted.save);
             acceptor
         });
         let world = World {
@@ -492,12 +493,14 @@ impl Pair {
 
     fn reach(&self, place: usize, up: bool) {
         self.world.borrow_mut().reachable[place] = up;
-        [H1, H2].map(|node| self.tell_reach(node));
+        self.tell_reach(H1);
+        self.tell_reach(H2);
     }
 
     fn isolate(&self, node: usize, cut: bool) {
         self.world.borrow_mut().isolated = cut.then_some(node);
-        [H1, H2].map(|node| self.tell_reach(node));
+        self.tell_reach(H1);
+        self.tell_reach(H2);
     }
 
     fn cable(&self, whole: bool) {
