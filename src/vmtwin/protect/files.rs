@@ -184,7 +184,7 @@ fn chunk(start: u64, end: u64) -> usize {
 }
 
 /// Whether both have the same size and bytes, read from the disk where the system lets us say so.
-fn same_content(one: &Path, other: &Path, tell: &mut Tell<'_>) -> Result<bool, ProtectError> {
+pub(super) fn same_content(one: &Path, other: &Path, tell: &mut Tell<'_>) -> Result<bool, ProtectError> {
     let open = |path: &Path| {
         let file = File::open(path).during("read", path)?;
         // Advice: where it is not taken, the page cache is compared.

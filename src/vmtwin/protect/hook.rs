@@ -124,7 +124,9 @@ fn script(paths: &Paths, binary: &Path) -> String {
 pub fn install_hook(paths: &Paths, hooks: &Path) -> io::Result<bool> {
     let folder = hooks.join("qemu.d");
     let file = folder.join("90-vmtwin");
-    let text = script(paths, &std::env::current_exe()?);
+    // After an upgrade the kernel shows the old binary so; the new one lies at its name.
+    let binary = std::env::current_exe()?.to_string_lossy().trim_end_matches(" (deleted)").to_owned();
+    let text = script(paths, Path::new(&binary));
     if std::fs::read_to_string(&file).is_ok_and(|old| old == text) {
         return Ok(false);
     }

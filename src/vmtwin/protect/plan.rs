@@ -318,6 +318,11 @@ impl Planner<'_> {
 
     /// A disk's own file and its chain.
     fn disk(&mut self, disk: &Disk, file: &str, plan: &mut Plan) {
+        if !disk.is_hard_disk() && !Path::new(file).exists() {
+            self.change.optional.push(disk.target.clone());
+            plan.notes.push(format!("{file} in drive {} does not exist: the drive is empty", disk.target));
+            return;
+        }
         if !disk.is_hard_disk() {
             return self.file(file, &disk.target, false, Some(disk.target.clone()));
         }
@@ -538,6 +543,10 @@ impl Planner<'_> {
             header.file = to(&header.file);
             let below = to(&header.after);
             header.after = below.rsplit('/').next().unwrap_or(&below).to_owned();
+            if header.after.contains(':') {
+                // QEMU takes what stands before a colon for a protocol, but not behind a slash.
+                header.after.insert_str(0, "./");
+            }
         }
         plan.headers.retain(|header| header.before != header.after);
         let room = statvfs(ground).during("look at", ground)?;

@@ -153,11 +153,11 @@ fn back_to_origin(
     for (from, to, copy) in &origin.files {
         let (old, now) = (Path::new(from), Path::new(to));
         if *copy {
-            // The original stayed where it was; the copy goes with the directory.
-            if old.exists() {
+            // The original stayed where it was; on the other node, or after an upgrade, it is another one.
+            if old.is_file() && now.is_file() && files::same_content(old, now, &mut |_| {})? {
                 leaves.insert(to.clone(), from.clone());
             } else {
-                plan.notes.push(format!("{from} is gone: {to} stays in use"));
+                plan.notes.push(format!("{from} is not what it was: {to} stays in use"));
             }
             continue;
         }

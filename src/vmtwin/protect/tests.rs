@@ -276,6 +276,27 @@ fn every_refusal_is_a_sentence_and_touches_nothing() {
 }
 
 #[test]
+fn an_empty_or_missing_medium_keeps_no_vm_from_being_protected() {
+    let world = World::new();
+    fs::remove_file(world.at("iso/seed.iso")).unwrap();
+    let plan = world.plan().unwrap();
+    assert!(plan.notes.iter().any(|note| note.contains("seed.iso")), "{:?}", plan.notes);
+    assert!(plan.after.matches("startupPolicy='optional'").count() == 2, "{}", plan.after);
+}
+
+#[test]
+fn a_layer_whose_name_looks_like_a_protocol_is_named_as_a_file() {
+    let world = World::new();
+    let odd = world.at("base/a:b.img");
+    fs::rename(world.at("base/data.img"), &odd).unwrap();
+    fs::write(world.at("flat/db.qcow2"), format!("backing {} raw\n", odd.display())).unwrap();
+    world.gather(&world.plan().unwrap()).unwrap();
+    assert_eq!(fs::read(world.at("images/db/db.qcow2")).unwrap(), b"backing ./a:b.img raw\n");
+    world.undo().unwrap();
+    assert!(odd.exists());
+}
+
+#[test]
 fn a_protected_vm_is_not_protected_twice() {
     let world = World::new();
     world.gather(&world.plan().unwrap()).unwrap();
@@ -355,6 +376,19 @@ fn unprotect_leaves_the_files_or_takes_them_back_at_every_cut() {
         },
     );
     assert!(cuts >= 12, "{cuts} places to cut");
+}
+
+#[test]
+fn unprotect_goes_back_to_a_hosts_own_kernel_only_if_it_is_the_same() {
+    let world = World::new();
+    world.gather(&world.plan().unwrap()).unwrap();
+    commit(&world.paths, &world.module).unwrap();
+    fs::write(world.at("boot/vmlinuz"), "a newer one").unwrap();
+    let notes = world.restore(true).unwrap();
+    assert!(notes.len() == 1 && notes[0].contains("vmlinuz"), "{notes:?}");
+    let domain = domain::read(&world.host.definition().unwrap()).unwrap();
+    assert_eq!(domain.boot_files[0].path, world.at("images/db/vmlinuz").to_string_lossy());
+    assert_eq!(fs::read(&domain.boot_files[0].path).unwrap(), b"a kernel");
 }
 
 #[test]
