@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 pub mod acceptors;
 pub mod api;
+pub mod cli;
 pub mod config;
 pub mod engine;
 pub mod eventlog;
@@ -9,6 +10,7 @@ pub mod host;
 pub mod keep;
 pub mod link;
 pub mod listen;
+pub mod node;
 pub mod pidfile;
 pub mod protect;
 pub mod store;

@@ -16,8 +16,7 @@ use crate::format::{FileKind, FormatError, Owner, open, seal};
 use crate::ids::FileId;
 use crate::limits::{EXTENT_BYTES, FILE_BYTES_MAX, LOG_EXTENTS_MAX};
 use crate::wire::codec::{DecodeError, Reader, Writer};
-use std::collections::VecDeque;
-use std::collections::btree_map::{BTreeMap, Entry};
+use std::collections::{BTreeMap, VecDeque};
 use std::ops::Range;
 
 /// Bytes of a transaction.
@@ -201,13 +200,12 @@ impl ActivityLog {
             log.replay(body).map_err(|source| FormatError::Bytes { what: "activity log", source })?;
         }
         for (at, slot) in log.slots.iter_mut().enumerate().filter(|(_, slot)| slot.key != EMPTY) {
-            match log.index.entry(slot.key) {
-                Entry::Vacant(free) => {
-                    free.insert(at);
-                    slot.needs_map = u64::MAX;
-                }
+            if log.index.contains_key(&slot.key) {
                 // Where the rotating part of one block was ahead of the updates of the next, an extent is there twice.
-                Entry::Occupied(_) => slot.key = EMPTY,
+                slot.key = EMPTY;
+            } else {
+                log.index.insert(slot.key, at);
+                slot.needs_map = u64::MAX;
             }
         }
         Ok(log)
@@ -442,9 +440,6 @@ mod tests {
         n * EXTENT_BYTES..n * EXTENT_BYTES + 4096
     }
 
-    /// Ended at a stamp and not flushed by all since; or not in the durable map, which needs this version.
-    type Owed = (FileId, Range<u64>, Option<u64>, Option<u64>);
-
     /// The log, its disk, and what a caller keeps in mind.
     struct World {
         log: ActivityLog,
@@ -454,7 +449,8 @@ mod tests {
         waiting: Vec<(u64, FileId, Range<u64>)>,
         /// Out, not ended.
         out: Vec<(FileId, Range<u64>)>,
-        owed: Vec<Owed>,
+        /// Ended at a stamp, not flushed by all or not in the durable map.
+        owed: Vec<(FileId, Range<u64>, Option<u64>, Option<u64>)>,
         map: u64,
     }
 

@@ -67,6 +67,7 @@ pub fn places(paths: &Paths, cluster: &Cluster, me: &NodeName, peer: &NodeName) 
 
 /// News of the voters. `place` is the index in the list given to `connect`.
 #[derive(Clone, Debug, PartialEq)]
+#[expect(clippy::large_enum_variant, reason = "it lives for one hop through a short queue")]
 pub enum News {
     /// It can be asked; no id: it has no state of this module.
     Up {

@@ -71,7 +71,7 @@ async fn three_voters_are_asked_over_their_own_ways_and_found_again_after_a_rest
     let (h1, h2, w1) = (cluster.host("h1"), cluster.host("h2"), cluster.host("w1"));
     let _keep1 = Task(tokio::spawn(keep::run(h1.clone())));
     let _keep2 = Task(tokio::spawn(keep::run(h2.clone())));
-    let first_witness = Task(tokio::spawn(witness::run(w1.clone(), cluster.address("w1"))));
+    let first_witness = Task(tokio::spawn(witness::run(w1.clone(), None)));
     let places = places(&h1, &cluster.cluster, &"h1".parse().unwrap(), &"h2".parse().unwrap());
     let mut made = Vec::new();
     for place in &places {
@@ -98,7 +98,7 @@ async fn three_voters_are_asked_over_their_own_ways_and_found_again_after_a_rest
     assert!(!acceptors.ask(made[2], 1, Request::Read { candidate: None }));
     let _second = Task(tokio::spawn(async move {
         // The lock of the first one ends with its task.
-        while let Err(e) = witness::run(w1.clone(), cluster.address("w1")).await {
+        while let Err(e) = witness::run(w1.clone(), None).await {
             assert!(e.to_string().contains("runs already"), "{e}");
             tokio::time::sleep(Duration::from_millis(50)).await;
         }
@@ -111,7 +111,7 @@ async fn three_voters_are_asked_over_their_own_ways_and_found_again_after_a_rest
 async fn a_node_of_another_cluster_gets_no_vote() {
     let (ours, theirs) = (TestCluster::new("paris"), TestCluster::new("paris"));
     let w1 = ours.host("w1");
-    let _witness = Task(tokio::spawn(witness::run(w1, ours.address("w1"))));
+    let _witness = Task(tokio::spawn(witness::run(w1, None)));
     let (h1, stranger) = (ours.host("h1"), theirs.host("h1"));
     let at = |c: &TestCluster, p| places(p, &c.cluster, &"h1".parse().unwrap(), &"h2".parse().unwrap()).remove(2);
     make(&h1, &at(&ours, &h1)).await;

@@ -28,6 +28,7 @@ pub enum Ask {
 
 /// What comes back.
 #[derive(Clone, Debug, PartialEq)]
+#[expect(clippy::large_enum_variant, reason = "it lives from the socket to the next match")]
 pub enum Reply {
     /// The protocol's own.
     Core(Answer),

@@ -128,3 +128,222 @@ pub struct ErrorBody {
     /// 6 not authorised).
     pub code: u8,
 }
+
+/// Answer to `status`: every node that was reached, and which were not.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct StatusAnswer {
+    /// One entry per module and node.
+    pub modules: Vec<ModuleStatus>,
+    /// Nodes that gave no answer.
+    pub unreached: Vec<Unreached>,
+}
+
+/// A node that gave no answer.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Unreached {
+    /// Its name.
+    pub node: String,
+    /// In words.
+    pub why: String,
+}
+
+/// What is asked of a module.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Action {
+    /// Both module processes up; the VM starts where it may.
+    Start,
+    /// Graceful stop on both nodes.
+    Stop,
+    /// The VM, in place.
+    Restart,
+    /// The VM to the other node.
+    Swap,
+    /// Start here, if the record allows it.
+    Prim,
+    /// Be the replica here.
+    Second,
+}
+
+/// A command to a module.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct CommandRequest {
+    /// Which module.
+    pub module: String,
+    /// What.
+    pub action: Action,
+    /// Only on this node (`stop --node`); none: as the action means it.
+    #[serde(default)]
+    pub node: Option<String>,
+    /// Between daemons: this node's own process only.
+    #[serde(default)]
+    pub here: bool,
+    /// Answer at once where nothing forbids it; else when it is done.
+    #[serde(default)]
+    pub no_wait: bool,
+}
+
+/// Something was done.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Done {
+    /// Sentences for the operator: what was done, what was not.
+    pub notes: Vec<String>,
+    /// It is still going on.
+    #[serde(default)]
+    pub going_on: bool,
+}
+
+/// A configuration file to be taken.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct ApplyRequest {
+    /// Its name, for errors.
+    pub file: String,
+    /// Its text.
+    pub xml: String,
+    /// Even where a node that it concerns is away.
+    #[serde(default)]
+    pub force: bool,
+}
+
+/// One node's part of an `apply`: checked first on all, then stored on all.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct ConfigRequest {
+    /// The text; its root element tells which file it is.
+    pub xml: String,
+    /// Only check it.
+    pub check_only: bool,
+}
+
+/// Answer to a `ConfigRequest`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct ConfigAnswer {
+    /// The file's text as it was before; none: there was none.
+    pub before: Option<String>,
+}
+
+/// A VM to be protected.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct ProtectRequest {
+    /// Its name at the hypervisor, and the module's.
+    pub vm: String,
+    /// The node that gets the replica.
+    pub peer: String,
+    /// Its directory; none: where its disks lie.
+    #[serde(default)]
+    pub dir: Option<String>,
+    /// The preferred node; none: this one.
+    #[serde(default)]
+    pub primary: Option<String>,
+    /// `libvirt`, or `fake` in tests.
+    #[serde(default)]
+    pub driver: Option<String>,
+}
+
+/// A VM to be given back.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct UnprotectRequest {
+    /// Which module.
+    pub module: String,
+    /// Files back to where they came from.
+    #[serde(default)]
+    pub restore_layout: bool,
+}
+
+/// A host that asks to be let in.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct JoinRequest {
+    /// The token's secret.
+    pub secret: String,
+    /// Certificate request, PEM.
+    pub request: String,
+    /// Its name.
+    pub name: String,
+    /// A node's addresses; none: it joins as a witness.
+    #[serde(default)]
+    pub node: Option<JoinNode>,
+    /// Of the joining program.
+    pub version: String,
+}
+
+/// How a node that joins can be reached.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct JoinNode {
+    /// For everything.
+    pub address: String,
+    /// For replication, first choice.
+    #[serde(default)]
+    pub replication: Option<String>,
+    /// Whether a replication link over that is encrypted.
+    pub replication_tls: bool,
+}
+
+/// What a host that joins gets.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct JoinAnswer {
+    /// Its certificate, PEM.
+    pub certificate: String,
+    /// The authority's certificate, PEM.
+    pub authority: String,
+    /// The authority's key, PEM: for nodes only, so that either can replace the other.
+    pub authority_key: Option<String>,
+    /// cluster.xml, with the new node in it.
+    pub cluster: String,
+}
+
+/// One node, as it sees itself.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct NodeStatus {
+    /// Its name; none: it is in no cluster.
+    pub name: Option<String>,
+    /// Of its program.
+    pub version: String,
+    /// Of its cluster.xml.
+    pub cluster_version: Option<u64>,
+    /// Process id of its `keep`; none: it does not run.
+    pub keep: Option<u32>,
+    /// Modules that it takes part in.
+    pub modules: Vec<String>,
+}
+
+/// The whole cluster.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct ClusterStatus {
+    /// Its name.
+    pub cluster: String,
+    /// Of this node's cluster.xml.
+    pub version: u64,
+    /// Each node and the witness.
+    pub members: Vec<MemberStatus>,
+}
+
+/// A member, as this node sees it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct MemberStatus {
+    /// Node or witness.
+    pub name: String,
+    /// `node` or `witness`.
+    pub role: String,
+    /// Its address.
+    pub address: String,
+    /// Whether it answers.
+    pub reached: bool,
+    /// Empty where all is well; else one sentence.
+    pub reason: String,
+    /// Of its program, where known.
+    pub version: Option<String>,
+}

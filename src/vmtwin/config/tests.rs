@@ -172,7 +172,7 @@ fn files_of_this_host_are_stored_whole_and_read_back() {
     cluster.store(&paths).unwrap();
     module.store(&paths).unwrap();
     assert_eq!(Cluster::load(&paths).unwrap(), cluster);
-    assert_eq!(paths.list_modules().unwrap(), [module.name.clone()]);
+    assert_eq!(paths.list_modules().unwrap(), std::slice::from_ref(&module.name));
     assert_eq!(ModuleConfig::load(&paths, &module.name).unwrap(), module);
     assert!(!paths.etc.join("cluster.xml.new").exists());
     let other = "web".parse().unwrap();

@@ -89,10 +89,10 @@ impl<'a> Source<'a> {
         let elements = || self.document.descendants().filter(|n| n.is_element() && n.range().start < read);
         let quoted = text.split('`').nth(1).unwrap_or_default();
         let found = match quoted.strip_prefix('@') {
-            Some(attribute) => elements().filter(|n| n.has_attribute(attribute)).last(),
-            None => elements().filter(|n| n.tag_name().name() == quoted).last(),
+            Some(attribute) => elements().rfind(|n| n.has_attribute(attribute)),
+            None => elements().rfind(|n| n.tag_name().name() == quoted),
         };
-        let place = found.or_else(|| elements().last()).unwrap_or_else(|| self.document.root_element());
+        let place = found.or_else(|| elements().next_back()).unwrap_or_else(|| self.document.root_element());
         let what = match (text.starts_with("unknown field"), quoted.strip_prefix('@')) {
             (true, Some(attribute)) => {
                 format!("this version does not know the attribute {attribute:?} here: remove it")

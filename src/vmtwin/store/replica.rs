@@ -215,6 +215,16 @@ impl Replica {
 }
 
 impl State {
+    /// As it lies in a module's metadata folder; `None` where there is none.
+    ///
+    /// # Errors
+    /// What the kernel says, or a file that is damaged.
+    pub fn load(metadata: &Path) -> Result<Option<Self>, OpenError> {
+        let Some(bytes) = MetaFolder::open(metadata)?.read(STATE_FILE)? else { return Ok(None) };
+        let damaged = |source| OpenError::Damaged { path: metadata.join(STATE_FILE), source };
+        Self::decode(&bytes).map(Some).map_err(damaged)
+    }
+
     /// Writes it, durably.
     ///
     /// # Errors

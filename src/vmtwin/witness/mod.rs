@@ -1,7 +1,7 @@
 //! `vmtwin witness`: votes and nothing else, on any machine. All of it lies in its state folder.
 use crate::acceptors::Voters;
-use crate::config::Paths;
 use crate::config::paths::PORT_WITNESS;
+use crate::config::{Cluster, Paths};
 use crate::listen::{self, Door, STRANGER_TIME};
 use crate::pidfile::PidFile;
 use crate::{host, trust};
@@ -11,13 +11,15 @@ use std::sync::Arc;
 use tokio::time::timeout;
 use tokio_rustls::TlsAcceptor;
 
-/// Runs until it is killed.
+/// Runs until it is killed. `listen`: not at its address in cluster.xml, as it was at the join, but there.
 ///
 /// # Errors
 /// Where it has not joined, or another one runs with this state.
-pub async fn run(paths: Paths, address: IpAddr) -> io::Result<()> {
-    paths.create()?;
+pub async fn run(paths: Paths, listen: Option<IpAddr>) -> io::Result<()> {
     let who = trust::own_identity(&paths).map_err(io::Error::other)?;
+    let cluster = Cluster::load(&paths).map_err(io::Error::other)?;
+    let address = listen.unwrap_or(cluster.witness.address);
+    paths.create()?;
     let tls = trust::witness_server_config(&paths).map_err(io::Error::other)?;
     let Some(_alone) = PidFile::take(&paths.run.join("witness.pid"))? else {
         return Err(io::Error::other(format!("a witness with the state in {} runs already", paths.lib.display())));
