@@ -119,14 +119,6 @@ number!(/** Order of frames within a session, beginning with 1. */ Sequence(u64)
 impl FileId {
     /// The module's directory itself.
     pub const ROOT: Self = Self(1);
-
-    /// The id of the `count`-th file (from 0) that the holder of `generation` makes. Two holders never give one id to two
-    /// files, not even where the first one's file never reached the other: what has the same id is the same file.
-    #[must_use]
-    pub fn made_in(generation: Generation, count: u32) -> Self {
-        let generation = u32::try_from(generation.0).expect("four thousand million generations");
-        Self((u64::from(generation) << 32) + 2 + u64::from(count))
-    }
 }
 
 #[cfg(test)]

@@ -97,6 +97,5 @@ const _: () = assert!(
     "an entry of the listing fits one frame"
 );
 const _: () = assert!(RESYNC_DATA_BYTES <= MARK_BYTES_MAX, "what is found of a whole file is marked by pages");
-const _: () = assert!(
-    RESYNC_BATCH_BYTES / PAGE_BYTES * 32 <= PAYLOAD_BYTES_MAX as u64 && RESYNC_COPY_BYTES <= PAYLOAD_BYTES_MAX as u64
-);
+const _: () = assert!(RESYNC_BATCH_BYTES / PAGE_BYTES * 32 <= PAYLOAD_BYTES_MAX as u64, "hashes fit a frame");
+const _: () = assert!(RESYNC_COPY_BYTES <= PAYLOAD_BYTES_MAX as u64, "a copy fits a frame");

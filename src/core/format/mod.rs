@@ -1,4 +1,4 @@
-//! Bytes of the files in which a node keeps what it must not forget.
+//! Bytes of the files in which a replica keeps what differs from its peer: activity log and dirty map.
 //!
 //! Decides: whether bytes are what this program wrote for this replica of this module. Holds nothing. Keeps out: paths,
 //! when a file is written, and how it is made durable.
@@ -17,8 +17,6 @@
 //! | 56 | zero u32 | |
 //! | 60 | header crc32c u32 | of bytes 0 to 59 |
 //! | 64 | body | |
-pub mod state;
-
 use crate::ids::{ModuleId, ReplicaId};
 use crate::wire::codec::{DecodeError, Reader, Writer};
 
@@ -30,24 +28,21 @@ const MAGIC: u32 = u32::from_le_bytes(*b"vmTw");
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u16)]
 pub enum FileKind {
-    /// `state::State`.
-    State = 1,
     /// A block of the activity log.
-    Log = 2,
+    Log = 1,
     /// A snapshot of the dirty map.
-    Map = 3,
+    Map = 2,
 }
 
 impl FileKind {
     /// The version that this program writes; it reads this one and older ones.
     const fn version(self) -> u16 {
         match self {
-            Self::State | Self::Log | Self::Map => 1,
+            Self::Log | Self::Map => 1,
         }
     }
     const fn what(self) -> &'static str {
         match self {
-            Self::State => "state file",
             Self::Log => "activity log",
             Self::Map => "dirty map",
         }
@@ -179,7 +174,7 @@ mod tests {
         assert!(matches!(open(FileKind::Map, other, &bytes), Err(FormatError::OtherReplica { .. })));
         let other = Owner { module: ModuleId(7), ..OWNER };
         assert!(matches!(open(FileKind::Map, other, &bytes), Err(FormatError::OtherModule { .. })));
-        assert!(open(FileKind::State, OWNER, &bytes).is_err());
+        assert!(open(FileKind::Log, OWNER, &bytes).is_err());
         // What comes after the version may mean anything then: it is not read, and not called damaged.
         let mut newer = bytes;
         newer[6..].fill(0xff);
@@ -191,11 +186,11 @@ mod tests {
         #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
         #[test]
         fn any_damage_is_noticed(body in proptest::collection::vec(any::<u8>(), 0..200), at: usize, flip in 1..=255u8, cut: usize) {
-            let mut bytes = seal(FileKind::State, OWNER, 1, &body);
-            prop_assert!(open(FileKind::State, OWNER, &bytes[..cut % bytes.len()]).is_err());
+            let mut bytes = seal(FileKind::Map, OWNER, 1, &body);
+            prop_assert!(open(FileKind::Map, OWNER, &bytes[..cut % bytes.len()]).is_err());
             let at = at % bytes.len();
             bytes[at] ^= flip;
-            prop_assert!(open(FileKind::State, OWNER, &bytes).is_err());
+            prop_assert!(open(FileKind::Map, OWNER, &bytes).is_err());
         }
         #[test]
         fn hostile_bytes_never_panic(bytes in proptest::collection::vec(any::<u8>(), 0..200)) {

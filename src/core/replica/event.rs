@@ -132,7 +132,7 @@ pub enum Value {
         /// All of them zero: a hole is sent instead.
         zeros: bool,
     },
-    /// Of `Work::Hash`: one per unit, in order; a part unit at the end of the file counts as it is, none beyond.
+    /// Of `Work::Hash`: one per unit, in order; a part unit at the end of the file is filled up with zeros, none beyond.
     Hashes(Vec<[u8; 32]>),
     /// Of `Work::Data`.
     Data(Data),

@@ -16,7 +16,8 @@ use crate::format::{FileKind, FormatError, Owner, open, seal};
 use crate::ids::FileId;
 use crate::limits::{EXTENT_BYTES, FILE_BYTES_MAX, LOG_EXTENTS_MAX};
 use crate::wire::codec::{DecodeError, Reader, Writer};
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::VecDeque;
+use std::collections::btree_map::{BTreeMap, Entry};
 use std::ops::Range;
 
 /// Bytes of a transaction.
@@ -200,12 +201,13 @@ impl ActivityLog {
             log.replay(body).map_err(|source| FormatError::Bytes { what: "activity log", source })?;
         }
         for (at, slot) in log.slots.iter_mut().enumerate().filter(|(_, slot)| slot.key != EMPTY) {
-            if log.index.contains_key(&slot.key) {
+            match log.index.entry(slot.key) {
+                Entry::Vacant(free) => {
+                    free.insert(at);
+                    slot.needs_map = u64::MAX;
+                }
                 // Where the rotating part of one block was ahead of the updates of the next, an extent is there twice.
-                slot.key = EMPTY;
-            } else {
-                log.index.insert(slot.key, at);
-                slot.needs_map = u64::MAX;
+                Entry::Occupied(_) => slot.key = EMPTY,
             }
         }
         Ok(log)
@@ -440,6 +442,9 @@ mod tests {
         n * EXTENT_BYTES..n * EXTENT_BYTES + 4096
     }
 
+    /// Ended at a stamp and not flushed by all since; or not in the durable map, which needs this version.
+    type Owed = (FileId, Range<u64>, Option<u64>, Option<u64>);
+
     /// The log, its disk, and what a caller keeps in mind.
     struct World {
         log: ActivityLog,
@@ -449,8 +454,7 @@ mod tests {
         waiting: Vec<(u64, FileId, Range<u64>)>,
         /// Out, not ended.
         out: Vec<(FileId, Range<u64>)>,
-        /// Ended at a stamp, not flushed by all or not in the durable map.
-        owed: Vec<(FileId, Range<u64>, Option<u64>, Option<u64>)>,
+        owed: Vec<Owed>,
         map: u64,
     }
 

@@ -361,7 +361,6 @@ impl Resync {
         let size = self.sizes.get(&file).copied().unwrap_or(0);
         let end = from.saturating_add(RESYNC_DATA_BYTES);
         let mut until = here.until.min(there.until);
-        let whole = [from..end.min(size)];
         let (mut mine, mut theirs) = (Pages::default(), Pages::default());
         // An answer that does not get on says nothing: then all of it is looked at. (What lies beyond the length of the
         // listing was written since, on both sides.)
@@ -370,7 +369,10 @@ impl Resync {
             until = if end < size { end } else { u64::MAX };
         }
         for (pages, side) in [(&mut mine, &here), (&mut theirs, &there)] {
-            for range in if useless { &whole[..] } else { &side.ranges } {
+            if useless && from < size {
+                pages.insert(file, &(from..end.min(size)));
+            }
+            for range in side.ranges.iter().filter(|_| !useless) {
                 let range = range.start.max(from)..range.end.min(until).min(end);
                 if range.start < range.end {
                     pages.insert(file, &range);
@@ -436,7 +438,7 @@ impl Resync {
                 self.bytes_done += range.end - range.start;
                 return;
             };
-            let rest = place(first).start..place(differing.last().unwrap_or(first)).end;
+            let rest = place(first).start..place(differing.next_back().unwrap_or(first)).end;
             for equal in [range.start..rest.start, rest.end..range.end] {
                 map.settle(Mark::Compare, file, &equal);
                 self.bytes_done += equal.end - equal.start;

@@ -7,7 +7,7 @@ use crate::store::{Descriptors, Seek};
 use rustix::io::Errno as OsErrno;
 use std::collections::{HashMap, VecDeque};
 use vmtwin_core::ids::FileId;
-use vmtwin_core::limits::{PAGE_BYTES, PAYLOAD_BYTES_MAX, RESYNC_DATA_RANGES_MAX};
+use vmtwin_core::limits::{BLOCK_BYTES, PAGE_BYTES, PAYLOAD_BYTES_MAX, RESYNC_DATA_RANGES_MAX};
 use vmtwin_core::namespace::{Kind, Op};
 use vmtwin_core::replica::effect::Work;
 use vmtwin_core::replica::event::{Errno, Event, Job, RangeKind, Value};
@@ -308,7 +308,7 @@ impl Data {
                     Ok(count) => {
                         let got = before + count;
                         let unit = usize::try_from(hash.unit).expect("a unit fits a slot");
-                        hash.hashes.extend(slot.payload()[..got].chunks(unit).map(|c| *blake3::hash(c).as_bytes()));
+                        hash.hashes.extend(slot.payload()[..got].chunks(unit).map(|part| hash_unit(part, unit)));
                         // A short read is the end of the file.
                         hash.at = if got < length { hash.end } else { hash.at + length as u64 };
                         let on = self.hash_on(job, hash, slot);
@@ -344,4 +344,13 @@ impl Data {
             self.begin(job, work);
         }
     }
+}
+
+/// The hash of a unit. The end of a file counts as filled up with zeros: a write further on makes one side longer a little
+/// before the other, and that alone is no difference.
+fn hash_unit(part: &[u8], unit: usize) -> [u8; 32] {
+    static ZEROS: [u8; BLOCK_BYTES as usize] = [0; BLOCK_BYTES as usize];
+    let mut hasher = blake3::Hasher::new();
+    hasher.update(part).update(&ZEROS[..unit - part.len()]);
+    *hasher.finalize().as_bytes()
 }
