@@ -12,6 +12,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 use vmtwin_core::ids::NodeName;
 
+/// Longest time for the TCP connection: a host that is down answers nothing, and it is dialed again soon.
+pub const CONNECT_LIMIT: Duration = Duration::from_secs(1);
 /// Longest time for all of it.
 pub const HANDSHAKE_LIMIT: Duration = Duration::from_secs(10);
 /// What each side says under TLS before it goes on in the clear.
@@ -59,7 +61,7 @@ pub fn dial(
     who: WhoIs<'_>,
 ) -> Result<PeerSocket, HandshakeError> {
     let deadline = Instant::now() + HANDSHAKE_LIMIT;
-    let connected = TcpStream::connect_timeout(&address, HANDSHAKE_LIMIT);
+    let connected = TcpStream::connect_timeout(&address, CONNECT_LIMIT);
     let socket = connected.map_err(|source| HandshakeError::Connect { address, source })?;
     let mut records = Records { socket: &socket, deadline, left: 0, header: Vec::new() };
     records.write_all(preamble).map_err(HandshakeError::Broken)?;

@@ -1,5 +1,7 @@
 //! Two nodes and three voters in one process: real control loops, arbiters and acceptors over pretended VMs and data
 //! threads. Every wait is for a state that must come, however slow the machine; while it waits, no two nodes may serve.
+mod real;
+
 use super::control::{Control, DataPort, News, Parts, VoterPort};
 use super::messages::{Change, FromData, Lease, Opened, PeerUp, ResyncProgress, ToData};
 use super::socket::{Answer, Request};
@@ -200,10 +202,14 @@ fn sigterm_on_the_holder_hands_over() {
 
 // The pretended world.
 
-fn story(body: impl AsyncFnOnce(&mut Pair)) {
+fn on_one_thread(body: impl Future<Output = ()>) {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-    LocalSet::new().block_on(&runtime, async {
-        let mut pair = Pair::new();
+    LocalSet::new().block_on(&runtime, body);
+}
+
+fn story(body: impl AsyncFnOnce(&mut Pair)) {
+    on_one_thread(async {
+        let mut pair = Pair::new(replica(H1), Rc::new(open_pretended));
         body(&mut pair).await;
     });
 }
@@ -372,16 +378,34 @@ impl VoterPort for PretendedVoters {
     }
 }
 
+/// Starts the data thread of a node: a pretended one, or a real one.
+type Opener = Rc<dyn Fn(&Rc<RefCell<World>>, usize, Arc<Lease>) -> Result<Box<dyn DataPort>, String>>;
+
+fn open_pretended(world: &Rc<RefCell<World>>, node: usize, _lease: Arc<Lease>) -> Result<Box<dyn DataPort>, String> {
+    let mut all = world.borrow_mut();
+    let side = &mut all.sides[node];
+    (side.open, side.drained) = (true, false);
+    let (record, broken) = (side.stored.clone(), side.broken);
+    let opened = Opened { replica: replica(node), record, broken, erred: false, suspect_all: false };
+    side.news(FromData::Ready(opened));
+    all.settle();
+    Ok(Box::new(PretendedData { world: world.clone(), node }))
+}
+
 struct Pair {
+    opener: Opener,
+    /// Whether each process misses its link.
+    link_wanted: Rc<RefCell<[watch::Receiver<bool>; 2]>>,
+    definitions: [std::path::PathBuf; 2],
     world: Rc<RefCell<World>>,
     vms: [Fake; 2],
     processes: [Option<JoinHandle<u8>>; 2],
-    folder: tempfile::TempDir,
+    _folder: tempfile::TempDir,
 }
 
 impl Pair {
-    fn new() -> Self {
-        let record = Record::first(RecordId(1), replica(H1), (0..3).map(voter).collect());
+    fn new(holder: ReplicaId, opener: Opener) -> Self {
+        let record = Record::first(RecordId(1), holder, (0..3).map(voter).collect());
         let voters = [0, 1, 2].map(|place| {
             let mut acceptor = Acceptor::new(Stored::new(ModuleId(7), voter(place)), now());
             let ballot = Ballot { number: 1, node: voter(0) };
@@ -399,8 +423,11 @@ impl Pair {
         };
         let folder = tempfile::tempdir().unwrap();
         std::fs::write(folder.path().join("domain.xml"), "<domain/>").unwrap();
+        let definitions = [(); 2].map(|()| folder.path().join("domain.xml"));
+        let link_wanted = Rc::new(RefCell::new([(); 2].map(|()| watch::channel(false).1)));
+        let world = Rc::new(RefCell::new(world));
         let vms = [(); 2].map(|()| Fake::new("db"));
-        Self { world: Rc::new(RefCell::new(world)), vms, processes: [None, None], folder }
+        Self { opener, link_wanted, definitions, world, vms, processes: [None, None], _folder: folder }
     }
 
     fn vm(&self, node: usize) -> &Fake {
@@ -414,20 +441,13 @@ impl Pair {
             let side = &mut self.world.borrow_mut().sides[node];
             (side.news, side.lease) = (Some(to.clone()), lease.clone());
         }
-        let world = self.world.clone();
-        let open_data = move || {
-            let mut all = world.borrow_mut();
-            let side = &mut all.sides[node];
-            (side.open, side.drained) = (true, false);
-            let (record, broken) = (side.stored.clone(), side.broken);
-            let opened = Opened { replica: replica(node), record, broken, erred: false, suspect_all: false };
-            side.news(FromData::Ready(opened));
-            all.settle();
-            Ok(Box::new(PretendedData { world: world.clone(), node }) as Box<dyn DataPort>)
-        };
+        let (world, opener, for_data) = (self.world.clone(), self.opener.clone(), lease.clone());
+        let open_data = move || opener(&world, node, for_data.clone());
+        let link_wanted = watch::Sender::new(false);
+        self.link_wanted.borrow_mut()[node] = link_wanted.subscribe();
         let vm_news = to.clone();
         let tell = Arc::new(move |news| drop(vm_news.send(News::Vm(news))));
-        let definition = self.folder.path().join("domain.xml");
+        let definition = self.definitions[node].clone();
         let names = ["h1", "h2"];
         let parts = Parts {
             settings: Settings {
@@ -444,7 +464,7 @@ impl Pair {
             voters: Box::new(PretendedVoters { world: self.world.clone(), node }),
             vm: VmThread::start(Arc::new(self.vms[node].clone()), definition, tell).unwrap(),
             log: EventLog::open(Path::new("/dev/null"), names[node], "db"),
-            link_wanted: watch::Sender::new(false),
+            link_wanted,
         };
         self.processes[node] = Some(spawn_local(async move { Control::new(parts).run(news).await.unwrap() }));
         self.tell_reach(node);
