@@ -13,12 +13,9 @@ pub use plan::{Plan, plan};
 pub use tree::{Entry, Kind, Tree, TreeReader};
 
 use crate::ids::FileId;
-use crate::limits::{
-    FILE_BYTES_MAX, FILE_NAME_BYTES_MAX, PAGE_BYTES, SYMLINK_BYTES_MAX, XATTR_BYTES_MAX, XATTR_NAME_BYTES_MAX,
-};
+use crate::limits::{FILE_BYTES_MAX, FILE_NAME_BYTES_MAX, SYMLINK_BYTES_MAX, XATTR_BYTES_MAX, XATTR_NAME_BYTES_MAX};
 use crate::wire::codec::{DecodeError, Reader, Writer};
 use std::fmt;
-use std::ops::Range;
 
 /// Linux's number of an error.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -47,23 +44,6 @@ errnos! {
 
 /// How an operation ended.
 pub type Outcome = Result<(), Errno>;
-
-/// Appends an outcome: an i32, zero for success.
-pub fn encode_outcome(outcome: Outcome, out: &mut Writer<'_>) {
-    out.u32(outcome.map_or_else(|e| e.0.cast_unsigned(), |()| 0));
-}
-
-/// Reads an outcome.
-///
-/// # Errors
-/// Missing bytes, or no errno of Linux (1 to 4095).
-pub fn decode_outcome(from: &mut Reader<'_>) -> Result<Outcome, DecodeError> {
-    match from.u32()? {
-        0 => Ok(Ok(())),
-        code @ 1..=4095 => Ok(Err(Errno(code.cast_signed()))),
-        _ => Err(DecodeError::Bad { what: "error number" }),
-    }
-}
 
 /// A name within a directory: 1 to 255 bytes, no slash, no zero, neither `.` nor `..`.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -283,18 +263,6 @@ impl Op {
             Self::Rename { over, mode: RenameMode::Replace, .. } => *over,
             _ => None,
         }
-    }
-
-    /// The bytes that it changes (R11), where the file was `size_before` long: from the shorter length to the longer one,
-    /// widened to pages. `None` where no data changes.
-    #[must_use]
-    pub fn range(&self, size_before: u64) -> Option<(FileId, Range<u64>)> {
-        let Self::SetAttr { id, attrs: Attrs { size: Some(size), .. } } = self else { return None };
-        let (low, high) = (size_before.min(*size), size_before.max(*size));
-        if low == high {
-            return None;
-        }
-        Some((*id, low / PAGE_BYTES * PAGE_BYTES..high.next_multiple_of(PAGE_BYTES)))
     }
 
     /// Appends the bytes of the format above.

@@ -355,13 +355,6 @@ impl ActivityLog {
         }
     }
 
-    /// A file is gone from both nodes: nothing of it is suspect any more. Operations in flight on it must have ended.
-    pub fn removed(&mut self, file: FileId) {
-        for slot in self.slots.iter_mut().filter(|slot| slot.key.file == file && slot.in_flight == 0) {
-            (slot.unflushed_since, slot.needs_map) = (0, 0);
-        }
-    }
-
     /// Nothing is suspect any more: the join is known, or what was proved equal is handed over. No operation is in flight.
     pub fn clear(&mut self) {
         for slot in &mut self.slots {

@@ -43,13 +43,6 @@ impl Pages {
         }
     }
 
-    /// Takes out a file.
-    pub fn remove_file(&mut self, file: FileId) {
-        for high in self.sets.range((file, 0)..=(file, u32::MAX)).map(|((_, high), _)| *high).collect::<Vec<_>>() {
-            self.count -= self.sets.remove(&(file, high)).map_or(0, |set| set.len());
-        }
-    }
-
     /// Puts in all of another set.
     pub fn union(&mut self, other: &Pages) {
         for (key, set) in &other.sets {
@@ -211,11 +204,6 @@ impl Marks {
     fn is_empty(&self) -> bool {
         self.send.is_empty() && self.compare.is_empty() && self.whole.is_empty()
     }
-    fn remove_file(&mut self, file: FileId) {
-        self.send.remove_file(file);
-        self.compare.remove_file(file);
-        self.whole.remove(&file);
-    }
 }
 
 /// The map for one peer.
@@ -307,13 +295,6 @@ impl DirtyMap {
         let (settled, flushing) = (std::mem::take(&mut self.settled), std::mem::take(&mut self.flushing));
         self.marks.union(&settled);
         self.marks.union(&flushing);
-    }
-
-    /// The file is gone on both sides.
-    pub fn remove_file(&mut self, file: FileId) {
-        for part in [&mut self.marks, &mut self.settled, &mut self.flushing] {
-            part.remove_file(file);
-        }
     }
 
     /// The join is known: nothing differs any more.
@@ -450,13 +431,9 @@ mod tests {
                         pages.insert(FileId(file), &range);
                         model.extend((start / PAGE_BYTES..range.end.div_ceil(PAGE_BYTES)).map(|p| (file, p)));
                     }
-                    5..=6 => {
+                    _ => {
                         pages.remove(FileId(file), &range);
                         model.retain(|(f, p)| *f != file || p * PAGE_BYTES < start || (p + 1) * PAGE_BYTES > range.end);
-                    }
-                    _ => {
-                        pages.remove_file(FileId(file));
-                        model.retain(|(f, _)| *f != file);
                     }
                 }
             }
@@ -602,7 +579,5 @@ mod tests {
         assert_eq!(collected(mine.pages(Mark::Send)), BTreeSet::from([(2, 0)]));
         assert_eq!(collected(mine.pages(Mark::Compare)), BTreeSet::from([(2, 0), (3, 0)]));
         assert_eq!(mine.whole().len(), 1);
-        mine.remove_file(FileId(2));
-        assert_eq!(mine.bytes(), PAGE_BYTES);
     }
 }

@@ -15,12 +15,10 @@
 //! Invariant: a mark is settled only by a copy's answer or by equal hashes, and `Join` comes only when all marks are
 //! settled, a flush of both sides followed the last of them, and all that was copied was found equal after that.
 pub mod event;
-mod pace;
 #[cfg(test)]
 mod tests;
 
 pub use event::{Data, Effect, Event, JobId, Progress, Side};
-pub use pace::Pace;
 
 use crate::ids::FileId;
 use crate::limits::{
@@ -122,14 +120,8 @@ impl Resync {
 
     /// Whether the join was asked for.
     #[must_use]
-    pub fn is_joined(&self) -> bool {
+    fn is_joined(&self) -> bool {
         matches!(self.phase, Phase::Joined)
-    }
-
-    /// Whether writes, flushes and namespace operations go to both sides.
-    #[must_use]
-    pub fn is_mirrored(&self) -> bool {
-        matches!(self.phase, Phase::Working | Phase::Flushing | Phase::Proving(_) | Phase::Joined)
     }
 
     /// One event, with the map of this peer.

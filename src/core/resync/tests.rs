@@ -229,9 +229,8 @@ impl World {
             self.holder.write(FileId(8), page, value);
         }
         // A truncation marks its range, as R11 has it.
-        if let Some((file, range)) = shorter.range(self.holder.size(FileId(3))) {
-            self.map.mark(Mark::Send, file, &range);
-        }
+        let before = self.holder.size(FileId(3));
+        self.map.mark(Mark::Send, FileId(3), &(size.min(before)..size.max(before)));
         self.holder.apply(&shorter).unwrap();
         self.holder.apply(&gone).unwrap();
         self.target.apply(&made(FileId(9), "new")).unwrap();
@@ -597,7 +596,7 @@ fn a_target_that_refuses_an_operation_is_named_and_asked_again_after_a_minute() 
         world.run(1);
     }
     assert_eq!(world.said, [Effect::TreesDiffer(Some(Errno::ENOSPC))]);
-    assert!(world.orders.is_empty() && !world.resync.is_mirrored());
+    assert!(world.orders.is_empty() && !world.mirrored);
     world.now = world.now + millis(RESYNC_STALL_MS);
     world.step(Event::Tick);
     world.run(100_000);
