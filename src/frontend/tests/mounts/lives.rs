@@ -129,7 +129,9 @@ impl Side {
                 let mode = rustix::fs::Mode::from_raw_mode(0o644);
                 let flags = flags | direct | OFlags::CLOEXEC | OFlags::NONBLOCK;
                 let opened = rustix::fs::open(at(name), flags, mode).map_err(errno)?;
-                self.handles[handle] = Some(opened.into());
+                // No open folder is kept: a server need not serve one that was removed.
+                let opened = File::from(opened);
+                self.handles[handle] = opened.metadata().is_ok_and(|meta| !meta.is_dir()).then_some(opened);
                 Ok(Vec::new())
             }
             Op::Close { handle } => {
