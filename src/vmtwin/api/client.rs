@@ -22,6 +22,7 @@ use tokio_rustls::TlsConnector;
 
 /// Longest answer.
 pub const ANSWER_BYTES_MAX: usize = 16 << 20;
+/// Per address; less where the whole has less.
 const CONNECT_TIME: Duration = Duration::from_secs(3);
 
 /// Whom to ask.
@@ -85,12 +86,12 @@ impl Daemon {
                 }
                 Self::Node { paths, name, addresses } => {
                     let config = trust::client_config(paths, name).map_err(|e| failed(4, e.to_string()))?;
-                    let stream = self.connect(config, addresses).await?;
+                    let stream = self.connect(config, addresses, limit).await?;
                     self.exchange(stream, method, path, body).await
                 }
                 Self::Joining { address, fingerprint } => {
                     let config = trust::join_client_config(fingerprint).map_err(|e| failed(1, e.to_string()))?;
-                    let stream = self.connect(config, &[*address]).await?;
+                    let stream = self.connect(config, &[*address], limit).await?;
                     self.exchange(stream, method, path, body).await
                 }
             }
@@ -101,7 +102,13 @@ impl Daemon {
         }
     }
 
-    async fn connect(&self, config: Arc<ClientConfig>, addresses: &[IpAddr]) -> Result<impl Stream + use<>, ErrorBody> {
+    async fn connect(
+        &self,
+        config: Arc<ClientConfig>,
+        addresses: &[IpAddr],
+        limit: Duration,
+    ) -> Result<impl Stream + use<>, ErrorBody> {
+        let connect_time = CONNECT_TIME.min(limit / 2);
         let mut last = std::io::Error::other("it has no address");
         for address in addresses {
             let connect = async {
@@ -109,7 +116,7 @@ impl Daemon {
                 listen::tune(&stream);
                 TlsConnector::from(config.clone()).connect(trust::server_name(), stream).await
             };
-            match timeout(CONNECT_TIME, connect).await {
+            match timeout(connect_time, connect).await {
                 Ok(Ok(stream)) => return Ok(stream),
                 Ok(Err(e)) => last = e,
                 Err(_) => last = std::io::Error::other("no answer in time"),

@@ -25,7 +25,8 @@ pub struct Log {
 }
 
 pub async fn run(daemon: &Daemon, given: &Log) -> Outcome {
-    let path = |limit| format!("/v1/log?module={}&limit={limit}", given.vm);
+    let module = super::module(&given.vm)?;
+    let path = |limit| format!("/v1/log?module={module}&limit={limit}");
     let mut events: Vec<Event> = daemon.get(&path(given.lines), ASK).await?;
     let mut seen = BTreeSet::new();
     loop {

@@ -197,6 +197,11 @@ async fn ask(paths: &Paths, command: Command) -> Outcome {
     }
 }
 
+/// A name that can be part of a question.
+fn module(vm: &str) -> Result<ModuleName, ErrorBody> {
+    ModuleName::new(vm).map_err(|e| failed(2, e.to_string()))
+}
+
 /// Writes to stdout. A reader that went away (`| head`) ends the program quietly.
 fn say(text: &str) {
     if writeln!(std::io::stdout(), "{text}").is_err() {

@@ -43,6 +43,7 @@ pub struct Protect {
 
 pub async fn act(daemon: &Daemon, action: Action, target: Target) -> Outcome {
     let limit = Duration::from_secs(target.wait);
+    super::module(&target.vm)?;
     let begun = Instant::now();
     let request = CommandRequest {
         module: target.vm.clone(),
@@ -66,14 +67,15 @@ pub async fn act(daemon: &Daemon, action: Action, target: Target) -> Outcome {
             let runs = wait_until_it_runs(daemon, &target.vm, limit.saturating_sub(begun.elapsed())).await?;
             say(&format!("{} runs on {} ({})", runs.module, runs.node, super::status::word(runs.state)));
         }
-        Action::Start => say(&format!("{} is being started", target.vm)),
+        Action::Start | Action::Prim | Action::Second => {
+            say(&format!("{}: done; `vmtwin status {}` shows it", target.vm, target.vm))
+        }
         Action::Stop => say(&format!("{} is stopped", target.vm)),
         Action::Restart => say(&format!("{} was restarted", target.vm)),
         Action::Swap => {
             let runs = wait_until_it_runs(daemon, &target.vm, limit.saturating_sub(begun.elapsed())).await?;
             say(&format!("{} runs on {} now", runs.module, runs.node));
         }
-        Action::Prim | Action::Second => {}
     }
     Ok(())
 }

@@ -23,7 +23,10 @@ pub struct Status {
 }
 
 pub async fn run(daemon: &Daemon, given: &Status) -> Outcome {
-    let path = given.vm.as_ref().map_or("/v1/status".to_owned(), |vm| format!("/v1/status?module={vm}"));
+    let path = match &given.vm {
+        None => "/v1/status".to_owned(),
+        Some(vm) => format!("/v1/status?module={}", super::module(vm)?),
+    };
     let colours = std::io::stdout().is_terminal();
     loop {
         let answer: StatusAnswer = daemon.get(&path, ASK).await?;

@@ -13,13 +13,15 @@ use crate::trust::{self, Identity};
 use rustls::pki_types::CertificateDer;
 use std::net::{IpAddr, SocketAddr, TcpStream};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use tokio::sync::{Semaphore, watch};
 use tokio::task::spawn_blocking;
 use vmtwin_core::ids::{ModuleName, NodeName};
 
 /// Between two attempts while the link is missing.
 const AGAIN: Duration = Duration::from_millis(250);
+/// Between two lines about a link that is missing.
+const SAY_AGAIN: Duration = Duration::from_secs(60);
 /// Handshakes of passed connections at once: a stranger may hold one for as long as a handshake may take.
 const HANDSHAKES_MAX: usize = 8;
 
@@ -68,9 +70,10 @@ async fn dial_while_wanted(settings: LinkSettings, mut wanted: watch::Receiver<b
                 tokio::time::sleep(4 * AGAIN).await;
             }
             Err(why) => {
-                if said.as_ref() != Some(&why) {
+                // A peer that is away for days must not fill the log.
+                if said.is_none_or(|at: Instant| at.elapsed() >= SAY_AGAIN) {
                     host::info(&format!("no link to {} at {ip} yet: {why}", settings.peer));
-                    said = Some(why);
+                    said = Some(Instant::now());
                 }
                 tokio::time::sleep(AGAIN).await;
             }

@@ -81,6 +81,13 @@ impl Modules {
     pub fn start_wanted(self: Arc<Self>) {
         for module in self.paths.list_modules().unwrap_or_default() {
             let runs = matches!(pidfile::find(&self.paths.module_pid(&module)), Ok(Some(_)));
+            // It was stopped while no daemon was there to see it. (After a boot there is no such file.)
+            if !runs && read_end(&exit_file(&self.paths, &module)) == End::Stopped {
+                if let Err(e) = self.unwant(&module) {
+                    host::warn(&format!("module {module}: {e}"));
+                }
+                continue;
+            }
             if runs || self.paths.wanted(&module).exists() {
                 self.clone().watch(&module);
             }
@@ -94,6 +101,10 @@ impl Modules {
     pub fn start(self: Arc<Self>, module: &ModuleName) -> io::Result<bool> {
         let wanted = self.paths.wanted(module);
         std::fs::create_dir_all(self.paths.module_lib(module))?;
+        if !matches!(pidfile::find(&self.paths.module_pid(module)), Ok(Some(_))) {
+            // The end of an older process says nothing about the one that is wanted now.
+            remove_if_there(&exit_file(&self.paths, module))?;
+        }
         durable::write(&wanted, b"", 0o600)?;
         Ok(self.watch(module))
     }
@@ -192,10 +203,7 @@ impl Modules {
             host::info(&format!("module {module}: found its process {}", found.pid));
             return wait(found).await;
         }
-        match std::fs::remove_file(exit) {
-            Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
-            _ => {}
-        }
+        remove_if_there(exit)?;
         let output = self.paths.log.join(format!("{module}.stderr"));
         spawn(&self.paths, &["module", module.as_str()], &output)?.wait().await.map(|_| ())
     }
@@ -216,6 +224,13 @@ pub async fn mind_keep(paths: Paths) {
         let why = ended.map_or_else(|e| format!(": {e}"), |()| String::new());
         host::warn(&format!("keep has ended{why}: it is started again"));
         tokio::time::sleep(AGAIN).await;
+    }
+}
+
+fn remove_if_there(file: &Path) -> io::Result<()> {
+    match std::fs::remove_file(file) {
+        Err(e) if e.kind() != io::ErrorKind::NotFound => Err(e),
+        _ => Ok(()),
     }
 }
 

@@ -15,7 +15,8 @@ use tokio::time::timeout;
 use vmtwin_core::ids::{ModuleId, ModuleName, NodeName};
 
 const MODULE_TIME: Duration = Duration::from_millis(1500);
-const NODE_TIME: Duration = Duration::from_millis(3000);
+/// A node that is off costs this much of each `status`.
+const NODE_TIME: Duration = Duration::from_millis(2000);
 /// Most events of one answer.
 const EVENTS_MAX: usize = 10_000;
 

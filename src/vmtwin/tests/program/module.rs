@@ -1,14 +1,16 @@
 //! The whole program as processes, around a VM that is pretended: protected, lost, brought back, swapped, stopped, killed,
 //! given back. What a guest would write is written by hand through the mount.
-use super::lab::{Ended, Host, kill, until};
+use super::lab::{self, Ended, Host, kill, until};
 use std::collections::BTreeMap;
 use std::path::Path;
 use vmtwin::api::types::{Health, ModuleStatus, State, StatusAnswer};
+use vmtwin::config::ModuleConfig;
+use vmtwin_core::ids::ModuleName;
 
 #[test]
 fn a_vm_survives_its_host_comes_home_and_is_given_back() {
     let folder = tempfile::Builder::new().prefix("vmt").tempdir().unwrap();
-    let [mut h1, h2, _w1] = super::lab::cluster(folder.path());
+    let [mut h1, h2, _w1] = lab::cluster(folder.path());
     let dir = h1.dir("db").display().to_string();
     let protect = format!("protect db --peer h2 --driver fake --dir {dir}");
     h1.refused(&protect, 3, "holds no files");
@@ -80,6 +82,71 @@ fn a_vm_survives_its_host_comes_home_and_is_given_back() {
     let aside = std::fs::read_dir(h2.disk("db").parent().unwrap()).unwrap();
     let aside: Vec<_> = aside.map(|e| e.unwrap().file_name().into_string().unwrap()).collect();
     assert!(aside.len() == 1 && aside[0].starts_with("db.unprotected-"), "{aside:?}");
+}
+
+#[test]
+fn daemons_come_and_go_settings_change_and_a_process_that_keeps_dying_stays_down() {
+    let folder = tempfile::Builder::new().prefix("vmt").tempdir().unwrap();
+    let [h1, mut h2, _w1] = lab::cluster(folder.path());
+    std::fs::create_dir(h1.disk("db")).unwrap();
+    std::fs::write(h1.disk("db").join("disk.raw"), vec![7; 300_000]).unwrap();
+    h1.ok(&format!("protect db --peer h2 --driver fake --dir {}", h1.dir("db").display()));
+    green(&h1, &h2);
+    let name: ModuleName = "db".parse().unwrap();
+    let process = h2.paths.module_pid(&name);
+
+    // Settings go to both nodes or to none.
+    let file = folder.path().join("db.xml");
+    let text = std::fs::read_to_string(h1.paths.userconfig(&name)).unwrap();
+    std::fs::write(&file, text.replace("\"180\"", "\"77\"")).unwrap();
+    assert!(h2.ok(&format!("apply {}", file.display())).contains("version 2"));
+    let [one, two] = [&h1, &h2].map(|host| ModuleConfig::load(&host.paths, &name).unwrap());
+    assert_eq!((one.version, one.stop_timeout.as_secs()), (2, 77));
+    assert_eq!(one, two);
+    std::fs::write(&file, text.replace("/db\"", "/other\"")).unwrap();
+    h2.refused(&format!("apply {}", file.display()), 3, "<replication path>");
+
+    // A daemon that dies is no loss; the next one finds the module's process.
+    let first = h2.pid(&process);
+    h2.kill();
+    assert!(h1.ok("status").contains("no contact with node h2"));
+    h2.start("node");
+    until("h2's daemon", || is(&h2, "h2", State::Second, Some(Health::Green)));
+    assert_eq!(h2.pid(&process), first, "the module's process was started anew");
+
+    // One node only.
+    h1.ok("stop db --node h2");
+    until("h2 to stop", || is(&h1, "h2", State::Stop, None));
+    write(&h1, "alone");
+    until("h1 to go on", || is(&h1, "h1", State::Alone, None));
+    h1.ok("start db --node h2");
+    green(&h1, &h2);
+
+    // Three deaths within ten minutes.
+    let mut dead = 0;
+    for _ in 0..3 {
+        let pid = until("h2's process", || Some(h2.pid(&process)).filter(|pid| *pid != dead));
+        kill(pid);
+        dead = pid;
+        until("its death", || {
+            (vmtwin::pidfile::find(&process).unwrap().map(|found| found.pid) != Some(dead)).then_some(())
+        });
+    }
+    let down = until("h2 to stay down", || {
+        status(&h1).into_iter().find(|m| m.node == "h2" && m.state == State::Stop && m.health == Health::Red)
+    });
+    assert!(down.reason.contains("ended 3 times") && down.reason.contains("vmtwin start db"), "{}", down.reason);
+    h1.ok("start db");
+    green(&h1, &h2);
+
+    // Stopped while h2's daemon is away: it does not start the module when it is back.
+    h2.kill();
+    assert!(h1.ok("stop db").contains("not on h2"));
+    until("h2's process to end", || vmtwin::pidfile::find(&process).unwrap().is_none().then_some(()));
+    h2.start("node");
+    until("h2's daemon", || is(&h2, "h2", State::Stop, None));
+    assert!(!h2.paths.wanted(&name).exists());
+    assert_eq!(files(&h1), files(&h2));
 }
 
 /// `holder` runs it, `other` has the replica, both green.
