@@ -1,7 +1,7 @@
 //! What the simulators share: seeded random numbers, and which seeds a test runs.
 //!
-//! A run is decided by its seed alone. `VMTWIN_SEED_BASE=n` runs other seeds than the fixed ones, `VMTWIN_SEED=n` one
-//! seed only, `VMTWIN_TRACE=1` prints what happens in it.
+//! A run is decided by its seed alone. `VMTWIN_SEED_BASE=n` runs other seeds than the fixed ones, `VMTWIN_SEEDS=n` that
+//! many, `VMTWIN_SEED=n` one seed only, `VMTWIN_TRACE=1` prints what happens in it.
 #![forbid(unsafe_code)]
 
 /// xoshiro256** 1.0 (Blackman and Vigna, "Scrambled linear pseudorandom number generators", 2021, public domain code at
@@ -81,7 +81,10 @@ fn number_from_env(name: &str) -> Option<u64> {
 pub fn seeds(count: u64) -> impl Iterator<Item = u64> {
     let (first, count) = match number_from_env("VMTWIN_SEED") {
         Some(one) => (one, 1),
-        None => (number_from_env("VMTWIN_SEED_BASE").unwrap_or(1), count),
+        None => {
+            let base = number_from_env("VMTWIN_SEED_BASE").unwrap_or(1);
+            (base, number_from_env("VMTWIN_SEEDS").unwrap_or(count))
+        }
     };
     (0..count).map(move |nth| first.wrapping_add(nth))
 }
