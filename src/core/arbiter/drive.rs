@@ -249,6 +249,10 @@ impl Arbiter {
         for to in record.voters.clone() {
             self.ask(now, to, About::Accept(ballot), Request::Accept { ballot, record: record.clone() }, effects);
         }
+        if !self.rules.keep(Rule::AcceptanceSettles) && !new {
+            // Sabotage: what the promises show is taken for known.
+            self.conclude(now, ballot, record, serves, effects);
+        }
     }
 
     fn drive_accepting(&mut self, now: Time, effects: &mut Vec<Effect>) {
@@ -330,7 +334,7 @@ impl Arbiter {
         let Some(want) = &self.want else { return };
         let yields = matches!(want.change, Change::TakeOver | Change::GoOn);
         let old = now.since(want.since) > millis(LEASE_MS + 2 * RENEW_MS);
-        let lately = self.watch.last_heard(now, self.me, self.voters()).is_some_and(|heard| heard > want.since);
+        let lately = self.last_heard(now).is_some_and(|heard| heard > want.since);
         if yields && old && lately && !self.unsettled.contains_key(&want.id) {
             if !matches!(self.round, Some(Round { phase: Phase::Accepting { .. }, .. })) {
                 self.round = None;
@@ -387,7 +391,7 @@ impl Arbiter {
         if !self.polls(now) {
             return;
         }
-        let heard = self.watch.last_heard(now, self.me, self.voters());
+        let heard = self.last_heard(now);
         let near = heard.is_some_and(|at| {
             (millis(LEASE_MS)..millis(2 * TAKEOVER_MS)).contains(&now.since(at.max(self.watching_since)))
         });
@@ -431,7 +435,7 @@ impl Arbiter {
                 self.silence_told = true;
                 effects.push(Effect::HolderSilent { since });
             }
-            None if self.silence_told && self.watch.last_heard(now, self.me, self.voters()).is_some() => {
+            None if self.silence_told && self.last_heard(now).is_some() => {
                 self.silence_told = false;
                 effects.push(Effect::HolderHeard);
             }

@@ -66,6 +66,8 @@ pub struct Arbiter {
     rules: Rules,
 
     known: Option<Record>,
+    /// When it became known, or this process began.
+    news_at: Time,
     standing: Standing,
     /// The record that this node holds or has released, with the ballot that it was proved at.
     mine: Option<Accepted>,
@@ -155,6 +157,7 @@ impl Arbiter {
             broken: setup.broken,
             rules,
             known: None,
+            news_at: now,
             standing: Standing::Watching,
             mine: None,
             watching_since: now,
@@ -216,8 +219,13 @@ impl Arbiter {
     /// Since when a majority has had no sign of life of another holder, if that is long enough to take over.
     #[must_use]
     pub fn silent_since(&self, now: Time) -> Option<Time> {
-        let watcher = Watcher { me: self.me, broken: self.broken, since: self.watching_since, rules: self.rules };
+        let (me, broken, rules) = (self.me, self.broken, self.rules);
+        let watcher = Watcher { me, broken, since: self.watching_since, news: self.news_at, rules };
         self.watch.silent_since(now, &watcher, self.voters())
+    }
+
+    fn last_heard(&self, now: Time) -> Option<Time> {
+        self.watch.last_heard(now, self.me, self.news_at, self.voters())
     }
 
     /// When each voter last answered, and why it is out, if it is; for the operator.
@@ -321,7 +329,12 @@ impl Arbiter {
             (About::Read, Reply::State(state)) => {
                 self.highest = self.highest.max(state.promised.number);
                 self.watch.saw(from, now, question.sent, state);
-                if let Some(chosen) = self.watch.majority().cloned() {
+                let chosen = if self.rules.keep(Rule::MajorityReads) {
+                    self.watch.majority()
+                } else {
+                    self.watch.accepted().max_by_key(|accepted| accepted.ballot)
+                };
+                if let Some(chosen) = chosen.cloned() {
                     self.learn(now, Some(chosen.ballot), chosen.record, false, effects);
                 }
             }
@@ -379,6 +392,9 @@ impl Arbiter {
         let late = news && self.known.as_ref().is_some_and(|known| !record.is_newer_than(known));
         if !late {
             let risen = self.stand(now, ballot, &record, proved, effects);
+            if news {
+                self.news_at = now;
+            }
             if news || risen {
                 effects.push(Effect::Known(record.clone()));
             }
@@ -414,6 +430,7 @@ impl Arbiter {
         let own = self.proposed.contains(&record.id);
         let goes_on = self.mine.as_ref().is_some_and(|mine| mine.record.name() == record.name());
         let unbroken = !self.broken || !self.rules.keep(Rule::BrokenProposes);
+        let proved = proved || !self.rules.keep(Rule::ProvesByRound);
         if record.holder != self.me || !(own || goes_on || (proved && unbroken)) {
             if !matches!(self.standing, Standing::Watching) {
                 self.standing = Standing::Watching;

@@ -41,6 +41,12 @@ pub enum Rule {
     ChangeCount = 1 << 15,
     /// What a majority's promises show is written back, not overwritten.
     HighestValueWins = 1 << 16,
+    /// R9: promises settle nothing, only acceptance by a majority does.
+    AcceptanceSettles = 1 << 17,
+    /// Section 1: a record is known by a majority's answer, never by one acceptor's word.
+    MajorityReads = 1 << 18,
+    /// R1: a holder's process that was started anew goes on by a round only.
+    ProvesByRound = 1 << 19,
 }
 
 /// The rules that are kept.

@@ -32,6 +32,8 @@ pub(super) struct Watcher {
     pub broken: bool,
     /// Since when it watches.
     pub since: Time,
+    /// When it last learnt of a new record.
+    pub news: Time,
     pub rules: Rules,
 }
 
@@ -74,23 +76,24 @@ impl Watch {
     }
 
     /// The last sign of life of a holder other than `me` that any fresh acceptor saw, if a majority of `voters` is fresh.
-    /// Read late is seen late: an error is on the safe side.
-    pub(super) fn last_heard(&self, now: Time, me: ReplicaId, voters: &[AcceptorId]) -> Option<Time> {
+    /// Read late is seen late: an error is on the safe side. An acceptor that has no record saw nobody, which tells
+    /// nothing about before `unknown`.
+    pub(super) fn last_heard(&self, now: Time, me: ReplicaId, unknown: Time, voters: &[AcceptorId]) -> Option<Time> {
         let fresh: Vec<&Seen> =
             voters.iter().filter_map(|v| self.seen.get(v)).filter(|s| now.since(s.at) <= millis(FRESH_MS)).collect();
         if fresh.len() < voters.len() / 2 + 1 {
             return None;
         }
         let heard = |seen: &&Seen| {
-            let grant = seen.state.grant.filter(|grant| grant.holder != me)?;
-            Some(seen.at - millis(u64::from(grant.ago_ms)))
+            let Some(grant) = seen.state.grant else { return Some(unknown) };
+            (grant.holder != me).then(|| seen.at - millis(u64::from(grant.ago_ms)))
         };
         Some(fresh.iter().filter_map(heard).max().unwrap_or(Time(0)))
     }
 
     /// Since when a majority has heard nothing of a holder, where that is long enough for `watcher` to ask (R4).
     pub(super) fn silent_since(&self, now: Time, watcher: &Watcher, voters: &[AcceptorId]) -> Option<Time> {
-        let mut since = self.last_heard(now, watcher.me, voters)?;
+        let mut since = self.last_heard(now, watcher.me, watcher.news, voters)?;
         let mut wait = TAKEOVER_MS;
         if watcher.broken && watcher.rules.keep(Rule::BrokenWaits) {
             since = since.max(watcher.since);
@@ -139,7 +142,7 @@ mod tests {
     #[test]
     fn silence_needs_fresh_answers_of_a_majority_and_a_broken_node_waits_longer() {
         let voters: Vec<_> = (1..=3).map(AcceptorId).collect();
-        let mut watcher = Watcher { me: B, broken: false, since: Time(0), rules: Rules::ALL };
+        let mut watcher = Watcher { me: B, broken: false, since: Time(0), news: Time(0), rules: Rules::ALL };
         let mut watch = Watch::default();
         let at = Time::from_millis(10_000);
         watch.saw(voters[0], at, at, state(1, 1900));
