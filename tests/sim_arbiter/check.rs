@@ -94,10 +94,6 @@ impl Truth {
         self.lease_end[node] = self.lease_end[node].min(now);
     }
 
-    pub fn lease_lasts(&self, node: usize, now: u64) -> bool {
-        self.lease_end[node] > now
-    }
-
     /// A node became holder and starts the guest on what it has.
     pub fn rise(&mut self, now: u64, riser: &Riser) {
         self.rises += 1;
@@ -119,6 +115,13 @@ impl Truth {
         }
         self.visible = riser.blocks;
         self.survived.extend(riser.blocks);
+    }
+
+    /// A node became holder and kept the other one in sync.
+    pub fn taken_for_equal(&mut self, now: u64, one: &Blocks, other: &Blocks) {
+        if one != other {
+            self.violate(now, format!("both are in sync, with {one:?} here and {other:?} there"));
+        }
     }
 
     /// What the guest sees is on every replica in sync: it is what counts from here on.

@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 mod check;
 mod module;
+mod scenarios;
 mod world;
 
 use vmtwin_core::arbiter::rules::{Rule, Rules};
@@ -51,27 +52,29 @@ fn nothing_is_lost_and_nobody_runs_twice_under_any_faults() {
     println!("{writes} writes, {rises} starts of the VM, {handed_over} hand-overs, {joins} joins, {drops} drops");
 }
 
+/// The simulator can fail: without a rule, random faults alone find what it prevents, within this many seeds. The rules
+/// that need a rarer chain of events have their scenario.
 #[test]
-fn probe() {
-    let rule = |r: &[Rule]| Sabotage { rules: r.iter().fold(Rules::ALL, |all, r| all.without(*r)), ..NONE };
-    use Rule as R;
-    let all: Vec<(String, Sabotage)> = vec![
-        vec![R::NoPromiseUnderGrant], vec![R::NoAcceptUnderGrant], vec![R::NoPromiseUnderGrant, R::NoAcceptUnderGrant],
-        vec![R::NoGrantUnderPromise], vec![R::NoGrantUnderPromise, R::NoAcceptUnderGrant], vec![R::GuardAfterStart], vec![R::OneWayCut], vec![R::ReleaseNamesReign], vec![R::LeaseFromSend], vec![R::WriteBack],
-        vec![R::TakeoverAlone], vec![R::BrokenProposes], vec![R::BrokenWaits], vec![R::OutcomeUnknown], vec![R::OwnPromiseFirst], vec![R::PromiseStrictlyHigher], vec![R::OwnPromiseFirst, R::PromiseStrictlyHigher],
-        vec![R::AcceptRaisesPromise], vec![R::ChangeCount], vec![R::HighestValueWins],
-    ].into_iter().map(|r| (format!("{r:?}"), rule(&r))).chain([
-        ("ack before drop".to_owned(), Sabotage { acknowledges_before_drop_is_known: true, ..NONE }),
-        ("promise lost".to_owned(), Sabotage { promise_lost_in_restart: true, ..NONE }),
-        ("no drain".to_owned(), Sabotage { takes_writes_while_it_proposes: true, ..NONE }),
-    ]).collect();
-    for (name, sabotage) in all {
-        let mut found = Vec::new();
-        for seed in seeds(300) {
-            let outcome = std::panic::catch_unwind(|| run(seed, sabotage).err());
-            let why = match outcome { Ok(None) => continue, Ok(Some(why)) => why, Err(_) => "panic".to_owned() };
-            found.push((seed, why));
+fn random_faults_find_what_single_rules_prevent() {
+    let off = |rules: &[Rule]| rules.iter().fold(Rules::ALL, |left, rule| left.without(*rule));
+    let without = |rules: &[Rule]| Sabotage { rules: off(rules), ..NONE };
+    let table = [
+        (10, without(&[Rule::NoPromiseUnderGrant, Rule::NoAcceptUnderGrant])),
+        (10, without(&[Rule::TakeoverAlone])),
+        (200, without(&[Rule::HighestValueWins])),
+        (200, without(&[Rule::OwnPromiseFirst, Rule::PromiseStrictlyHigher])),
+        (200, without(&[Rule::ProvesByRound])),
+        (200, Sabotage { acknowledges_before_drop_is_known: true, ..NONE }),
+        (200, Sabotage { promise_lost_in_restart: true, ..NONE }),
+    ];
+    let mut missed = Vec::new();
+    for (within, sabotage) in table {
+        // Fixed seeds: this asks what the simulator can see, not whether the product is right today.
+        let found = (1..=within).find_map(|seed| run(seed, sabotage).err().map(|what| (seed, what)));
+        println!("{sabotage:?}: {found:?}");
+        if found.is_none() {
+            missed.push((within, sabotage));
         }
-        println!("{name}: {} {:?}", found.len(), found.iter().take(2).collect::<Vec<_>>());
     }
+    assert!(missed.is_empty(), "not found within so many seeds: {missed:?}");
 }

@@ -152,13 +152,18 @@ impl Module {
         REPLICAS[1 - self.node]
     }
 
+    /// An operator's `prim`: asks for a takeover whether the holder lives or not. The acceptors know better.
+    pub fn prim(&mut self, world: &mut World) {
+        if !self.risen && self.proposing.is_none() {
+            self.want(world, Change::TakeOver, true);
+        }
+    }
+
     fn want(&mut self, world: &mut World, change: Change, proposes_itself: bool) {
         let id = RecordId(world.rng.id());
         if proposes_itself {
             self.proposing = Some(id);
-            if !world.sabotage.takes_writes_while_it_proposes {
-                self.following = None;
-            }
+            self.following = None;
         }
         self.step(world, Event::Want { id, change });
     }
@@ -204,7 +209,7 @@ impl Module {
         if !self.arbiter.is_holder() {
             return;
         }
-        self.proposing = None;
+        let own = self.proposing.take() == Some(record.id);
         self.released_at = None;
         if !self.risen {
             self.risen = true;
@@ -218,7 +223,14 @@ impl Module {
             }
             let other_was_there = self.other_was_there(world);
             world.truth.rise(world.now, &Riser { node: self.node, blocks, broken, other_was_there });
-            self.begin(world, Operation::Resend(blocks));
+            if record.in_sync.len() == 2 && own {
+                // Handed over: both disks are equal, nothing is sent again.
+                let other = world.disks[1 - self.node].blocks;
+                world.truth.taken_for_equal(world.now, &blocks, &other);
+                world.truth.settled();
+            } else {
+                self.begin(world, Operation::Resend(blocks));
+            }
         }
     }
 
@@ -349,7 +361,8 @@ impl Module {
     }
 
     fn let_the_guest_work(&mut self, world: &mut World, now: Time, record: &Record) {
-        if self.pending.is_some() || now < self.next_guest || now >= self.arbiter.lease() || !self.arbiter.is_holder() {
+        let idle = world.guest_idle || self.pending.is_some();
+        if idle || now < self.next_guest || now >= self.arbiter.lease() || !self.arbiter.is_holder() {
             return;
         }
         self.next_guest = now + millis(world.rng.between(20, 90));

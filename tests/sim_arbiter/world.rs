@@ -29,16 +29,20 @@ pub struct Sabotage {
     pub acknowledges_before_drop_is_known: bool,
     /// R12: an acceptor forgets its promise in a restart.
     pub promise_lost_in_restart: bool,
-    /// R7: does not drain before it proposes itself.
-    pub takes_writes_while_it_proposes: bool,
 }
 
-pub const NONE: Sabotage = Sabotage {
-    rules: Rules::ALL,
-    acknowledges_before_drop_is_known: false,
-    promise_lost_in_restart: false,
-    takes_writes_while_it_proposes: false,
-};
+pub const NONE: Sabotage =
+    Sabotage { rules: Rules::ALL, acknowledges_before_drop_is_known: false, promise_lost_in_restart: false };
+
+/// How faults follow each other.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Pace {
+    /// One at a time, with time to recover between.
+    Calm,
+    Lively,
+    /// Thick and short, one in the other.
+    Dense,
+}
 
 /// A message on the network.
 #[derive(Clone, Debug)]
@@ -50,6 +54,7 @@ pub enum Message {
 
 enum Due {
     Deliver { from: usize, to: usize, message: Message },
+    Late { from: usize, to: usize, message: Message },
     Wake { node: usize, life: u64 },
     Saved { site: usize, life: u64 },
     StartKeep(usize),
@@ -90,7 +95,23 @@ pub struct Network {
     pub slow_per_mille: u64,
 }
 
-type Filter = Box<dyn FnMut(usize, usize, &Message) -> bool>;
+/// What a script does with a message.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Fate {
+    Pass,
+    Drop,
+    /// Kept back until `World::release_held`.
+    Hold,
+}
+
+/// A message as a script sees it.
+pub enum Seen<'a> {
+    Ask(&'a Request),
+    Answer(&'a Answer),
+    Link(&'a LinkMessage),
+}
+
+type Filter = Box<dyn FnMut(usize, usize, Seen<'_>) -> Fate>;
 
 pub struct World {
     pub now: u64,
@@ -106,10 +127,13 @@ pub struct World {
     pub truth: Truth,
     pub sabotage: Sabotage,
     pub trace: bool,
-    /// Scripts drop single messages by it: true drops.
+    /// Scripts drop and hold single messages by it.
     pub filter: Option<Filter>,
+    held: Vec<(usize, usize, Message)>,
     faults_until: u64,
     pub start_modules: bool,
+    pub guest_idle: bool,
+    pace: Pace,
 }
 
 impl World {
@@ -147,8 +171,11 @@ impl World {
             sabotage,
             trace: vmtwin_tests::trace_wanted(),
             filter: None,
+            held: Vec::new(),
             faults_until: 0,
             start_modules: true,
+            guest_idle: false,
+            pace: [Pace::Calm, Pace::Lively, Pace::Dense][usize::try_from(seed % 3).unwrap()],
         };
         for site in 0..3 {
             world.start_keep(site);
@@ -197,7 +224,7 @@ impl World {
 
     fn happen(&mut self, due: Due) {
         let site = match &due {
-            Due::Deliver { to, .. } => Some(*to),
+            Due::Deliver { to, .. } | Due::Late { to, .. } => Some(*to),
             Due::Wake { node, .. } => Some(*node),
             Due::Saved { site, .. } => Some(*site),
             _ => None,
@@ -208,6 +235,7 @@ impl World {
         }
         match due {
             Due::Deliver { from, to, message } => self.deliver(from, to, message),
+            Due::Late { from, to, message } => self.arrive(from, to, message),
             Due::Wake { node, life } => {
                 if self.modules[node].as_ref().is_some_and(|module| module.life == life) {
                     self.module_event(node, Event::Asked);
@@ -236,10 +264,19 @@ impl World {
 
     pub fn send(&mut self, from: usize, to: usize, message: Message) {
         if let Some(mut filter) = self.filter.take() {
-            let drops = filter(from, to, &message);
+            let fate = match &message {
+                Message::Ask { request, .. } => filter(from, to, Seen::Ask(&read_request(request))),
+                Message::Answer { answer, .. } => filter(from, to, Seen::Answer(&read_answer(answer))),
+                Message::Link(message) => filter(from, to, Seen::Link(message)),
+            };
             self.filter = Some(filter);
-            if drops {
-                return;
+            match fate {
+                Fate::Pass => {}
+                Fate::Drop => return,
+                Fate::Hold => {
+                    self.held.push((from, to, message));
+                    return;
+                }
             }
         }
         if from == to {
@@ -258,22 +295,31 @@ impl World {
         }
     }
 
+    /// What a script held back arrives now, cut or not: it was on its way before.
+    pub fn release_held(&mut self) {
+        for (from, to, message) in std::mem::take(&mut self.held) {
+            self.at(self.now, Due::Late { from, to, message });
+        }
+    }
+
     fn deliver(&mut self, from: usize, to: usize, message: Message) {
-        if !self.sites[to].powered || (from != to && self.network.cut[from][to]) {
+        if from == to || !self.network.cut[from][to] {
+            self.arrive(from, to, message);
+        }
+    }
+
+    fn arrive(&mut self, from: usize, to: usize, message: Message) {
+        if !self.sites[to].powered {
             return;
         }
         match message {
             Message::Ask { nonce, request } => {
-                let mut reader = Reader::new(&request);
-                let request = Request::decode(&mut reader).expect("what we sent");
-                reader.end().expect("nothing left");
+                let request = read_request(&request);
                 self.sites[to].waiting.push_back((from, nonce, request));
                 self.serve(to);
             }
             Message::Answer { nonce, answer } => {
-                let mut reader = Reader::new(&answer);
-                let answer = Answer::decode(&mut reader).expect("what we sent");
-                reader.end().expect("nothing left");
+                let answer = read_answer(&answer);
                 // Whoever runs the connection knows whom it asked; the simulator's sites keep their places.
                 self.module_event(to, Event::Answered { from: ACCEPTORS[from], nonce, answer });
             }
@@ -398,6 +444,20 @@ impl World {
         self.with_module(node, |module, world| module.step(world, event));
     }
 
+    /// An operator's `prim` on this node.
+    pub fn prim(&mut self, node: usize) {
+        self.with_module(node, Module::prim);
+    }
+
+    /// An operator's `swap` on the holder.
+    pub fn swap(&mut self, node: usize) {
+        self.with_module(node, |module, _| module.wants_swap = true);
+    }
+
+    pub fn is_holder(&self, node: usize) -> bool {
+        self.modules[node].as_ref().is_some_and(|module| module.arbiter.is_holder())
+    }
+
     pub fn carry_out(&mut self, node: usize, effect: &Effect) {
         if let Effect::Ask { to, nonce, request } = effect {
             let mut bytes = Vec::new();
@@ -509,9 +569,15 @@ impl World {
         if self.now >= self.faults_until {
             return;
         }
-        let pause = if self.rng.chance(300) { self.rng.between(10, 300) } else { self.rng.between(300, 6000) };
+        let (soon, brief, longest) = match self.pace {
+            Pace::Calm => (0, 700, 12_000),
+            Pace::Lively => (300, 500, 6000),
+            Pace::Dense => (800, 800, 6000),
+        };
+        let pause = if self.rng.chance(soon) { self.rng.between(1, 300) } else { self.rng.between(300, longest) };
+        let pause = if self.pace == Pace::Calm { pause.max(8500) } else { pause };
         self.at(self.now + pause * MS, Due::Fault);
-        let lasts = if self.rng.chance(500) { self.rng.between(20, 900) } else { self.rng.between(900, 7000) } * MS;
+        let lasts = if self.rng.chance(brief) { self.rng.between(5, 900) } else { self.rng.between(900, 7000) } * MS;
         let end = self.now + lasts;
         let site = usize::try_from(self.rng.below(3)).unwrap();
         let other = (site + 1 + usize::try_from(self.rng.below(2)).unwrap()) % 3;
@@ -555,8 +621,23 @@ impl World {
                 self.pause(site);
                 self.at(end, Due::Mend(Mend::Pause(site)));
             }
-            92..100 => self.with_module(node, |module, _| module.wants_swap = true),
+            92..97 => self.swap(node),
+            97..100 => self.prim(node),
             _ => {}
         }
     }
+}
+
+fn read_request(bytes: &[u8]) -> Request {
+    let mut reader = Reader::new(bytes);
+    let request = Request::decode(&mut reader).expect("what we sent");
+    reader.end().expect("nothing left");
+    request
+}
+
+fn read_answer(bytes: &[u8]) -> Answer {
+    let mut reader = Reader::new(bytes);
+    let answer = Answer::decode(&mut reader).expect("what we sent");
+    reader.end().expect("nothing left");
+    answer
 }

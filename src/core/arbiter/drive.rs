@@ -220,7 +220,7 @@ impl Arbiter {
             Value::Nothing => {
                 // A majority holds nothing and promised: what was tried lower cannot land any more.
                 self.round = None;
-                self.give_up_want(effects);
+                self.give_up_want(now, effects);
                 let over = std::mem::take(&mut self.unsettled);
                 effects.extend(over.into_keys().map(Effect::NotLanded));
             }
@@ -294,7 +294,7 @@ impl Arbiter {
         self.next_round = now;
         self.learn(now, Some(ballot), record, true, effects);
         if serves.is_some() && self.want.as_ref().map(|want| want.id) == serves {
-            self.give_up_want(effects);
+            self.give_up_want(now, effects);
         }
     }
 
@@ -339,7 +339,7 @@ impl Arbiter {
             if !matches!(self.round, Some(Round { phase: Phase::Accepting { .. }, .. })) {
                 self.round = None;
             }
-            self.give_up_want(effects);
+            self.give_up_want(now, effects);
         }
     }
 
@@ -430,8 +430,9 @@ impl Arbiter {
             return;
         }
         let known_in = self.known.as_ref().is_some_and(|known| known.is_in_sync(self.me));
+        let may_be_in = known_in || self.watch.newer_record_has(self.me, self.known.as_ref());
         match self.silent_since(now) {
-            Some(since) if !self.silence_told && (known_in || self.watch.some_record_has(self.me)) => {
+            Some(since) if !self.silence_told && may_be_in && now >= self.speak_again => {
                 self.silence_told = true;
                 effects.push(Effect::HolderSilent { since });
             }

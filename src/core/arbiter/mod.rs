@@ -29,8 +29,9 @@ pub use message::{Answer, Request};
 pub use stored::Stored;
 
 use crate::ids::{AcceptorId, RecordId, ReplicaId};
+use crate::limits::RENEW_MS;
 use crate::record::{Record, RecordName};
-use crate::time::Time;
+use crate::time::{Time, millis};
 use lease::Grants;
 use message::{Accepted, Ballot, Refusal, Reply};
 use proposer::{Phase, Promise, Round, Want};
@@ -102,6 +103,8 @@ pub struct Arbiter {
     next_poll_own: Time,
     next_poll: Time,
     silence_told: bool,
+    /// After an attempt that did not land.
+    speak_again: Time,
     offered: Option<RecordName>,
 }
 
@@ -182,6 +185,7 @@ impl Arbiter {
             next_poll_own: now,
             next_poll: now,
             silence_told: false,
+            speak_again: now,
             offered: None,
         }
     }
@@ -219,13 +223,22 @@ impl Arbiter {
     /// Since when a majority has had no sign of life of another holder, if that is long enough to take over.
     #[must_use]
     pub fn silent_since(&self, now: Time) -> Option<Time> {
-        let (me, broken, rules) = (self.me, self.broken, self.rules);
-        let watcher = Watcher { me, broken, since: self.watching_since, news: self.news_at, rules };
-        self.watch.silent_since(now, &watcher, self.voters())
+        self.watch.silent_since(now, &self.watcher(), self.voters())
     }
 
     fn last_heard(&self, now: Time) -> Option<Time> {
-        self.watch.last_heard(now, self.me, self.news_at, self.voters())
+        self.watch.last_heard(now, &self.watcher(), self.voters())
+    }
+
+    fn watcher(&self) -> Watcher {
+        Watcher {
+            me: self.me,
+            broken: self.broken,
+            since: self.watching_since,
+            news: self.news_at,
+            follows: self.known.as_ref().is_some_and(|known| known.holder != self.me),
+            rules: self.rules,
+        }
     }
 
     /// When each voter last answered, and why it is out, if it is; for the operator.
@@ -240,7 +253,7 @@ impl Arbiter {
             Event::Answered { from, nonce, answer } => self.answered(now, from, nonce, answer, effects),
             Event::Asked => self.asked = true,
             Event::Want { id, change } => self.wanted(now, id, change, effects),
-            Event::Withdraw => self.give_up_want(effects),
+            Event::Withdraw => self.give_up_want(now, effects),
             Event::Release { to } => {
                 if self.is_holder() {
                     let (confirmed, told, again, take_back) = (BTreeSet::new(), false, now, None);
@@ -261,7 +274,7 @@ impl Arbiter {
     }
 
     fn wanted(&mut self, now: Time, id: RecordId, change: Change, effects: &mut Vec<Effect>) {
-        self.give_up_want(effects);
+        self.give_up_want(now, effects);
         let expected = self.known.as_ref().map(Record::name);
         let want = Want { id, change, since: now, expected };
         // What cannot be is said at once.
@@ -291,9 +304,9 @@ impl Arbiter {
     }
 
     /// Drops the want. If it was never sent to be accepted, it has not landed; else a round finds out (R9).
-    fn give_up_want(&mut self, effects: &mut Vec<Effect>) {
+    fn give_up_want(&mut self, now: Time, effects: &mut Vec<Effect>) {
         if let Some(want) = self.want.take() {
-            self.silence_told = false;
+            (self.silence_told, self.speak_again) = (false, now + millis(RENEW_MS));
             if !self.unsettled.contains_key(&want.id) {
                 effects.push(Effect::NotLanded(want.id));
             }
@@ -414,7 +427,7 @@ impl Arbiter {
         if landed {
             self.want = None;
         } else if self.is_futile(want) {
-            self.give_up_want(effects);
+            self.give_up_want(now, effects);
         }
     }
 

@@ -32,8 +32,9 @@ pub(super) struct Watcher {
     pub broken: bool,
     /// Since when it watches.
     pub since: Time,
-    /// When it last learnt of a new record.
+    /// When it last learnt of a new record, and whether that is another's.
     pub news: Time,
+    pub follows: bool,
     pub rules: Rules,
 }
 
@@ -59,9 +60,13 @@ impl Watch {
         self.seen.values().filter_map(|seen| seen.state.accepted.as_ref()).filter(of_majority).max_by_key(|a| a.ballot)
     }
 
-    /// Whether some acceptor holds a record that has `replica` in sync. It may not have been chosen; a round tells.
-    pub(super) fn some_record_has(&self, replica: ReplicaId) -> bool {
-        self.accepted().any(|accepted| accepted.record.is_in_sync(replica))
+    /// Whether some acceptor holds a record, newer than what is known, that has `replica` in sync. It may not have been
+    /// chosen; a round tells.
+    pub(super) fn newer_record_has(&self, replica: ReplicaId, known: Option<&Record>) -> bool {
+        self.accepted().any(|accepted| {
+            let newer = known.is_none_or(|known| accepted.record.is_newer_than(known));
+            newer && accepted.record.is_in_sync(replica)
+        })
     }
 
     /// All values held, one per acceptor at most.
@@ -75,25 +80,26 @@ impl Watch {
         offer.state.accepted.as_ref().filter(|a| a.record.is_in_sync(replica) && a.record.holder != replica)
     }
 
-    /// The last sign of life of a holder other than `me` that any fresh acceptor saw, if a majority of `voters` is fresh.
-    /// Read late is seen late: an error is on the safe side. An acceptor that has no record saw nobody, which tells
-    /// nothing about before `unknown`.
-    pub(super) fn last_heard(&self, now: Time, me: ReplicaId, unknown: Time, voters: &[AcceptorId]) -> Option<Time> {
+    /// The last sign of life of another holder that any fresh acceptor saw, if a majority of `voters` is fresh. Read late
+    /// is seen late: an error is on the safe side. An acceptor that has no record, or still one of this node's own reign,
+    /// says nothing about the holder; then the news of the record itself count.
+    pub(super) fn last_heard(&self, now: Time, watcher: &Watcher, voters: &[AcceptorId]) -> Option<Time> {
         let fresh: Vec<&Seen> =
             voters.iter().filter_map(|v| self.seen.get(v)).filter(|s| now.since(s.at) <= millis(FRESH_MS)).collect();
         if fresh.len() < voters.len() / 2 + 1 {
             return None;
         }
-        let heard = |seen: &&Seen| {
-            let Some(grant) = seen.state.grant else { return Some(unknown) };
-            (grant.holder != me).then(|| seen.at - millis(u64::from(grant.ago_ms)))
+        let heard = |seen: &&Seen| match seen.state.grant {
+            None => Some(watcher.news),
+            Some(grant) if grant.holder == watcher.me => watcher.follows.then_some(watcher.news),
+            Some(grant) => Some(seen.at - millis(u64::from(grant.ago_ms))),
         };
         Some(fresh.iter().filter_map(heard).max().unwrap_or(Time(0)))
     }
 
     /// Since when a majority has heard nothing of a holder, where that is long enough for `watcher` to ask (R4).
     pub(super) fn silent_since(&self, now: Time, watcher: &Watcher, voters: &[AcceptorId]) -> Option<Time> {
-        let mut since = self.last_heard(now, watcher.me, watcher.news, voters)?;
+        let mut since = self.last_heard(now, watcher, voters)?;
         let mut wait = TAKEOVER_MS;
         if watcher.broken && watcher.rules.keep(Rule::BrokenWaits) {
             since = since.max(watcher.since);
@@ -142,7 +148,8 @@ mod tests {
     #[test]
     fn silence_needs_fresh_answers_of_a_majority_and_a_broken_node_waits_longer() {
         let voters: Vec<_> = (1..=3).map(AcceptorId).collect();
-        let mut watcher = Watcher { me: B, broken: false, since: Time(0), news: Time(0), rules: Rules::ALL };
+        let mut watcher =
+            Watcher { me: B, broken: false, since: Time(0), news: Time(0), follows: true, rules: Rules::ALL };
         let mut watch = Watch::default();
         let at = Time::from_millis(10_000);
         watch.saw(voters[0], at, at, state(1, 1900));
