@@ -1,5 +1,5 @@
 //! What the module machine is told and what it orders. Plain values; the engine routes them.
-use crate::ids::ReplicaId;
+use crate::ids::{RecordId, ReplicaId};
 use crate::record::Record;
 use crate::time::Time;
 use std::time::Duration;
@@ -210,6 +210,8 @@ pub enum Event {
     },
     /// It cannot be opened.
     Failed(String),
+    /// The ordered record of this id is durable and decides the data thread's role.
+    InForce(RecordId),
     /// A session with the peer stands.
     PeerUp(Peer),
     /// None does; why.

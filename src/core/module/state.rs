@@ -134,6 +134,8 @@ pub struct Machine {
     pub(super) broken: bool,
     pub(super) erred: Option<String>,
     pub(super) record: Option<Record>,
+    /// The data thread serves by the record that was won: before that, the VM's files could not be opened for writing.
+    pub(super) in_force: bool,
     pub(super) lease_until: Time,
     /// R3, R9: acceptors that answer, of how many.
     pub(super) reached: Option<(usize, usize)>,
@@ -181,6 +183,7 @@ impl Machine {
             broken: false,
             erred: None,
             record: None,
+            in_force: false,
             lease_until: Time(0),
             reached: None,
             silent: false,
@@ -252,7 +255,10 @@ impl Machine {
             Phase::Holding if self.given_up.is_some() => {
                 Err(format!("{module} was given up here; use `vmtwin start {module}`"))
             }
-            Phase::Holding if self.lease_is_live(now) => Ok(()),
+            Phase::Holding if self.lease_is_live(now) && self.in_force => Ok(()),
+            Phase::Holding if !self.in_force => {
+                Err(format!("{node} has just become the holder of {module}: try again"))
+            }
             Phase::Holding => Err(format!("{node} holds {module}, but reaches no majority now; see `vmtwin status`")),
             _ => match self.holder_name() {
                 Some(holder) if holder != *node => {

@@ -29,6 +29,7 @@ impl Machine {
             E::Tick => self.on_tick(now, effects),
             E::Ready { replica, broken, erred } => self.on_ready(replica, broken, erred, effects),
             E::Failed(why) => self.on_data_failed(why, effects),
+            E::InForce(id) => self.in_force |= self.holds() && self.record.as_ref().is_some_and(|r| r.id == id),
             E::PeerUp(peer) => self.on_peer_up(peer, effects),
             E::PeerDown(why) => self.on_peer_down(why, effects),
             E::Told(word) => self.on_told(now, word, effects),
@@ -75,7 +76,7 @@ impl Machine {
         if self.phase == Phase::Holding && self.vm_after <= now {
             let live = self.lease_is_live(now);
             match self.vm {
-                Vm::Off if live && self.given_up.is_none() => {
+                Vm::Off if live && self.in_force && self.given_up.is_none() => {
                     self.vm = Vm::Starting;
                     self.vm_after = Time(0);
                     effects.push(Effect::Vm(VmOrder::Start));
@@ -301,7 +302,7 @@ impl Machine {
             }
             (Phase::Proposing { .. }, true) if ours => {
                 self.phase = Phase::Holding;
-                self.broken = false;
+                (self.broken, self.in_force) = (false, false);
                 effects.extend([Effect::Mark(Mark::Won), to_data, Effect::Data(DataOrder::Undrain)]);
                 self.note_record(effects);
             }

@@ -37,9 +37,12 @@ fn a_process_started_anew_serves_only_by_a_generation_of_its_own() {
     assert_eq!(node.known(record(5, ME, &[ME]), false), []);
     let won = record(6, ME, &[ME]);
     let effects = node.known(won.clone(), true);
-    assert!(effects.contains(&Effect::Data(DataOrder::Record(won))));
-    assert_eq!(vm_orders(&effects), [], "no lease, no VM");
-    assert_eq!(vm_orders(&node.lease()), [VmOrder::Start]);
+    assert!(effects.contains(&Effect::Data(DataOrder::Record(won.clone()))));
+    assert_eq!(vm_orders(&node.lease_for(millis(LEASE_MS))), [], "its files cannot be opened for writing yet");
+    assert!(node.machine.may_start(node.now).is_err());
+    node.pass(millis(LEASE_MS));
+    assert_eq!(vm_orders(&node.tell(Event::InForce(won.id))), [], "no lease, no VM");
+    assert_eq!(vm_orders(&node.lease_for(millis(LEASE_MS))), [VmOrder::Start]);
     assert_eq!(node.view().state, State::Alone);
     node.tell(running());
     assert_eq!(node.view().health, Health::Green);
@@ -616,6 +619,7 @@ fn whatever_comes_in_whatever_order_the_invariants_hold_and_red_states_say_why()
                 11..=14 => Event::Lease(node.now + millis(next(LEASE_MS))),
                 15 => Event::HolderSilent(next(2) == 0),
                 16 => Event::HandedOver,
+                17 if next(2) == 0 => Event::InForce(RecordId(generation.into())),
                 17 => Event::PeerUp(PEER),
                 18 => Event::PeerDown("y".to_owned()),
                 19 => Event::Drained(token),
@@ -757,8 +761,12 @@ impl Node {
     fn known(&mut self, record: Record, ours: bool) -> Vec<Effect> {
         self.tell(Event::Known { record, ours })
     }
+    /// The first lease of a record, and that it is in force, in one.
     fn lease(&mut self) -> Vec<Effect> {
-        self.lease_for(millis(LEASE_MS))
+        let record = self.machine.record().unwrap().id;
+        let mut effects = self.lease_for(millis(LEASE_MS));
+        effects.extend(self.tell(Event::InForce(record)));
+        effects
     }
     fn lease_for(&mut self, span: Duration) -> Vec<Effect> {
         let until = self.now + span;

@@ -253,6 +253,7 @@ impl Control {
                 self.tell(now, Event::PeerDown(why));
             }
             FromData::OtherRecord(record) | FromData::Adopted(record) => self.told_by_holder(now, Some(record)),
+            FromData::InForce(id) => self.tell(now, Event::InForce(id)),
             FromData::Say(line) => self.note(Level::Info, "replica", &line),
             FromData::Told(word) => self.tell(
                 now,

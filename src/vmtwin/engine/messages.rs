@@ -116,6 +116,8 @@ pub enum FromData {
     OtherRecord(Record),
     /// The holder named this record in the session: it is known here now.
     Adopted(Record),
+    /// The last ordered record of this id is durable here and decides the role: a holder's files can be opened for writing.
+    InForce(RecordId),
     /// A line for the operator's log.
     Say(String),
     /// The peer's control plane said this.

@@ -274,6 +274,7 @@ mod tests {
             vm.expect(&VmNews::StartCalled);
             vm.expect(&VmNews::Running);
         }
+        vm.catch_up(21);
         vm.fake.end(VmEnd::Crashed);
         vm.expect(&VmNews::Ended(CoreEnd::Crashed));
     }
@@ -353,6 +354,15 @@ mod tests {
         }
         fn next_failure(&mut self) -> VmNews {
             self.find(|news| matches!(news, VmNews::Failed { .. }))
+        }
+        /// Until the events of so many lives were heard and looked at: each life is told by its call and by its event.
+        fn catch_up(&mut self, lives: usize) {
+            while self.seen.iter().filter(|news| **news == VmNews::Running).count() < 2 * lives {
+                self.expect(&VmNews::Running);
+            }
+            self.fake.refuse("pause", true);
+            self.order(VmOrder::Pause);
+            self.next_failure();
         }
         fn next_of_a_kill(&mut self) -> VmNews {
             self.find(|news| matches!(news, VmNews::Dying | VmNews::Off { .. }))

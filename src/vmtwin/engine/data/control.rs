@@ -90,8 +90,10 @@ impl Data {
     pub(super) fn record_is_durable(&mut self, record: Record) {
         self.control.proposed = None;
         let was_holder = self.core.role() == Role::Holder;
+        let id = record.id;
         self.events.push_back(Event::Record(record));
         self.step();
+        self.tell(FromData::InForce(id));
         if self.core.role() == Role::Holder && !was_holder {
             self.forget_parked();
         }

@@ -315,6 +315,7 @@ impl DataPort for PretendedData {
             ToData::Record(record) => {
                 side.record = Some(record.clone());
                 side.stored = Some(record.clone());
+                side.news(FromData::InForce(record.id));
                 side.drained = false;
                 if record.is_in_sync(replica(node)) {
                     side.broken = false;
