@@ -159,7 +159,7 @@ impl World {
                 let delay = self.rng.between(MS, 60 * MS);
                 self.to_control(delay, node, News::FailHeld);
             }
-            control_gave_up_ends(self, node);
+            self.nodes[node].control.gave_up = false;
         }
         self.step(node, Event::Record(record));
     }
@@ -238,6 +238,10 @@ impl World {
                 if landed {
                     self.note(|| format!("the register takes {wanted:?}"));
                     self.register.record = wanted.clone();
+                    if takeover {
+                        // Whoever else wants it waits from here on.
+                        self.register.lease = (me, self.now);
+                    }
                 }
                 let slow = self.rng.chance(150);
                 let delay = if slow { self.rng.between(100 * MS, 1500 * MS) } else { self.rng.between(MS, 20 * MS) };
@@ -288,8 +292,4 @@ impl World {
             self.step(holder, Event::Quiesce(token));
         }
     }
-}
-
-fn control_gave_up_ends(world: &mut World, node: usize) {
-    world.nodes[node].control.gave_up = false;
 }

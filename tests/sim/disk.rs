@@ -2,7 +2,7 @@
 //! a power loss; blocks of the log may be torn.
 use std::collections::BTreeMap;
 use vmtwin_core::ids::FileId;
-use vmtwin_core::limits::PAGE_BYTES;
+use vmtwin_core::limits::{PAGE_BYTES, RESYNC_DATA_RANGES_MAX};
 use vmtwin_core::namespace::{Attrs, Errno, Op, Owner as Rights, Tree};
 use vmtwin_core::replica::effect::{Marks, Work};
 use vmtwin_core::replica::event::{RangeKind, Value};
@@ -198,11 +198,11 @@ impl Disk {
                 let end = self.now.size(file).unwrap_or(0).min(offset + u64::from(length));
                 let units = end.saturating_sub(offset).div_ceil(u64::from(unit));
                 let hash = |nth: u64| {
+                    // What lies beyond the end counts as zeros.
                     let start = offset + nth * u64::from(unit);
-                    let stop = (start + u64::from(unit)).min(end);
                     let mut hash = [0; 32];
-                    let mut mixed = stop - start;
-                    for sector in start / SECTOR..stop / SECTOR {
+                    let mut mixed = 0;
+                    for sector in start / SECTOR..(start + u64::from(unit)) / SECTOR {
                         let mut rng = Rng::new(mixed ^ self.now.get(file, sector).rotate_left(17));
                         mixed = rng.bits();
                     }
@@ -222,6 +222,11 @@ impl Disk {
                         Some(last) if last.end >= page => last.end = page + PAGE_BYTES,
                         _ => ranges.push(page..page + PAGE_BYTES),
                     }
+                }
+                if ranges.len() > RESYNC_DATA_RANGES_MAX {
+                    ranges.truncate(RESYNC_DATA_RANGES_MAX);
+                    let until = ranges.last().expect("as many as that").end;
+                    return Ok(Value::Data(Data { ranges, until }));
                 }
                 let beyond = self.now.size(file).is_none_or(|size| size <= end);
                 return Ok(Value::Data(Data { ranges, until: if beyond { u64::MAX } else { end } }));

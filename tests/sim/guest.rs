@@ -137,14 +137,11 @@ impl Guest {
                 Some(self.zero(now, file, first * SECTOR, length))
             }
             89..92 => {
-                let size = tree.get(file).map_or(0, |entry| entry.size);
+                let from = tree.get(file).map_or(0, |entry| entry.size);
                 let to = self.any_sector() * SECTOR;
-                let attrs = Attrs { size: Some(to), ..Attrs::default() };
-                let cells = self.sectors(file, to / SECTOR, u64::MAX);
-                let resize = Some(Resize { file, from: size, to });
-                Some(self.change(now, Op::SetAttr { id: file, attrs }, resize, cells))
+                Some(self.truncate(now, file, to, from))
             }
-            92..100 => self.rename_or_so(now, tree),
+            92..100 => self.names(now, tree),
             _ => None,
         }
     }
@@ -198,7 +195,15 @@ impl Guest {
         self.cells.range(range).map(|(cell, _)| (*cell, 0)).collect()
     }
 
-    fn rename_or_so(&mut self, now: u64, tree: &Tree) -> Option<Ask> {
+    /// The file is made this long; it was `from` bytes long.
+    pub fn truncate(&mut self, now: u64, file: FileId, to: u64, from: u64) -> Ask {
+        let attrs = Attrs { size: Some(to), ..Attrs::default() };
+        let cells = self.sectors(file, to / SECTOR, u64::MAX);
+        self.change(now, Op::SetAttr { id: file, attrs }, Some(Resize { file, from, to }), cells)
+    }
+
+    /// One change of a name, none where one is under way.
+    pub fn names(&mut self, now: u64, tree: &Tree) -> Option<Ask> {
         if self.cells.iter().any(|(cell, history)| matches!(cell, Cell::Name(_)) && !history.writing.is_empty()) {
             return None;
         }

@@ -4,6 +4,7 @@ mod disk;
 mod faults;
 mod guest;
 mod net;
+mod scenarios;
 mod world;
 
 use faults::Faults;

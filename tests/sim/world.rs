@@ -612,6 +612,7 @@ impl World {
     pub fn settle(&mut self) {
         self.faults.off();
         self.net.works = true;
+        self.register.reached = [true; 2];
         self.net.slow_ns = 0;
         for node in [0, 1] {
             self.nodes[node].disk.fault = None;
@@ -643,7 +644,8 @@ impl World {
         });
     }
 
-    fn is_green(&self) -> bool {
+    /// The VM runs on the holder, both are in sync, sound, and know it.
+    pub fn is_green(&self) -> bool {
         let record: &Record = &self.register.record;
         let knows = |node: usize| {
             self.is_up(node) && self.nodes[node].replica.as_ref().and_then(Replica::record) == Some(record)
