@@ -44,6 +44,15 @@ fn a_name_that_cluster_xml_does_not_have_is_refused_from_the_next_handshake_on()
 }
 
 #[test]
+fn a_witness_may_be_asked_and_may_not_ask() {
+    let cluster = TestCluster::new("paris");
+    let (h1, w1) = (cluster.host("h1"), cluster.host("w1"));
+    handshake(client_config(&h1, "w1").unwrap(), witness_server_config(&w1).unwrap()).expect("it is asked");
+    handshake(client_config(&w1, "h1").unwrap(), server_config(&h1).unwrap()).expect_err("it asks");
+    handshake(client_config(&w1, "h1").unwrap(), api_server_config(&h1).unwrap()).expect_err("it asks");
+}
+
+#[test]
 fn a_client_that_means_one_node_does_not_take_another() {
     let cluster = TestCluster::new("paris");
     let (h1, h2) = (cluster.host("h1"), cluster.host("h2"));

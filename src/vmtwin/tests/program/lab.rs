@@ -113,6 +113,12 @@ impl Host {
         Ended { code: output.status.code().unwrap_or(-1), out: text(&output.stdout), err: text(&output.stderr) }
     }
 
+    /// Starts the witness whose state is this host's folder.
+    pub fn start_witness(&mut self) {
+        let line = format!("witness --state {}", self.root.display());
+        self.start(&line);
+    }
+
     /// Kills it without warning.
     pub fn kill(&mut self) {
         if let Some(mut main) = self.main.take() {
@@ -203,7 +209,7 @@ pub fn cluster(folder: &Path) -> [Host; 3] {
     });
     let (token, state) = (h1.ok("cluster token"), w1.root.display().to_string());
     w1.ok(&format!("cluster join {} --witness w1 --state {state}", token.trim()));
-    w1.start(&format!("witness --state {state}"));
+    w1.start_witness();
     until("all members to answer", || {
         let all = [&h1, &h2].map(|host| host.run("cluster status").out);
         all.iter().all(|text| text.matches("answers").count() == 3 && !text.contains(": ")).then_some(())

@@ -10,7 +10,7 @@ use vmtwin_core::ids::ModuleName;
 #[test]
 fn a_vm_survives_its_host_comes_home_and_is_given_back() {
     let folder = tempfile::Builder::new().prefix("vmt").tempdir().unwrap();
-    let [mut h1, h2, _w1] = lab::cluster(folder.path());
+    let [mut h1, h2, mut w1] = lab::cluster(folder.path());
     let dir = h1.dir("db").display().to_string();
     let protect = format!("protect db --peer h2 --driver fake --dir {dir}");
     h1.refused(&protect, 3, "holds no files");
@@ -21,6 +21,14 @@ fn a_vm_survives_its_host_comes_home_and_is_given_back() {
     h1.refused(&protect, 3, "not empty");
     assert!(!h1.disk("db").join(".vmtwin").exists(), "a refused protect touched something");
     std::fs::remove_dir_all(h2.disk("db")).unwrap();
+    w1.kill();
+    h1.refused(&protect, 3, "w1 cannot be asked for its vote");
+    for host in [&h1, &h2] {
+        assert!(!host.paths.modules().join("db").exists() && !host.paths.lib.join("db").exists(), "on {}", host.name);
+        let votes = std::fs::read_dir(host.paths.acceptors()).unwrap().count();
+        assert_eq!(votes, 0, "{} keeps a vote of a module that is not there", host.name);
+    }
+    w1.start_witness();
     h1.ok(&protect);
     h1.refused(&protect, 3, "protected already");
     green(&h1, &h2);
