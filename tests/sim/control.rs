@@ -157,7 +157,7 @@ impl World {
             if was_mine {
                 control.killed = true;
                 let delay = self.rng.between(MS, 60 * MS);
-                self.to_control(delay, node, News::FailHeld);
+                self.tell_control(delay, node, News::FailHeld);
             }
             self.nodes[node].control.gave_up = false;
         }
@@ -182,7 +182,7 @@ impl World {
     fn change(&mut self, node: usize, known: &Record, wanted: Record, takeover: bool) {
         self.nodes[node].control.changing = true;
         let delay = self.rng.between(MS, 20 * MS);
-        self.to_control(delay, node, News::Decide { base: known.id, wanted, takeover });
+        self.tell_control(delay, node, News::Decide { base: known.id, wanted, takeover });
     }
 
     /// The disk of a node that wants to take over is at rest.
@@ -225,7 +225,7 @@ impl World {
         self.step(node, Event::Tick);
         let delay = self.rng.between(MS, 20 * MS);
         self.nodes[other].control.changing = true;
-        self.to_control(delay, other, News::Decide { base: record.id, wanted, takeover: true });
+        self.tell_control(delay, other, News::Decide { base: record.id, wanted, takeover: true });
     }
 
     pub fn control(&mut self, node: usize, news: News) {
@@ -246,12 +246,12 @@ impl World {
                 let slow = self.rng.chance(150);
                 let delay = if slow { self.rng.between(100 * MS, 1500 * MS) } else { self.rng.between(MS, 20 * MS) };
                 let delay = self.register.answer_ns.unwrap_or(delay);
-                self.to_control(delay, node, News::Outcome { wanted, landed, takeover });
+                self.tell_control(delay, node, News::Outcome { wanted, landed, takeover });
             }
             News::Outcome { wanted, landed, takeover } => {
                 if !self.register.reached[node] {
                     // It cannot know yet.
-                    return self.to_control(100 * MS, node, News::Outcome { wanted, landed, takeover });
+                    return self.tell_control(100 * MS, node, News::Outcome { wanted, landed, takeover });
                 }
                 let control = &mut self.nodes[node].control;
                 control.changing = false;

@@ -176,7 +176,7 @@ impl World {
     }
 
     /// News for a node's control plane, if this process still lives then.
-    pub fn to_control(&mut self, delay: u64, node: usize, news: super::control::News) {
+    pub fn tell_control(&mut self, delay: u64, node: usize, news: super::control::News) {
         self.to(delay, node, Then::Control(news));
     }
 

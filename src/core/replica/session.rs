@@ -20,7 +20,7 @@ pub(super) enum Link {
     Up {
         nonce: u64,
         said: Option<Option<RecordName>>,
-        heard: Option<Hello>,
+        heard: Option<Box<Hello>>,
     },
     /// A session.
     Stands {
@@ -118,7 +118,7 @@ impl Replica {
 
     pub(super) fn hello(&mut self, hello: Hello, out: &mut Vec<Effect>) {
         match &mut self.link {
-            Link::Up { heard, .. } => *heard = Some(hello.clone()),
+            Link::Up { heard, .. } => *heard = Some(Box::new(hello.clone())),
             Link::Stands { .. } => return self.end_link("the peer says hello again", out),
             Link::Down | Link::Ending => return,
         }
@@ -146,7 +146,7 @@ impl Replica {
         if heard.record.as_ref().map(Record::name) != Some(*said) {
             return;
         }
-        let hello = heard.clone();
+        let hello = (**heard).clone();
         let id = SessionId((nonce ^ hello.nonce).max(1));
         if self.role() == Role::Holder && self.peer_in_sync() && (hello.broken || hello.erred || hello.suspect_all) {
             // R5: it has lost writes, or may have. It gets no data before it is out.
@@ -184,7 +184,8 @@ impl Replica {
     /// A frame of the peer.
     pub(super) fn frame(&mut self, header: Header, body: Vec<u8>, out: &mut Vec<Effect>) {
         let ours = self.session() == Some(header.session);
-        if !ours && !(self.off(Rule::Session) && self.session().is_some()) {
+        let believed = self.off(Rule::Session) && self.session().is_some();
+        if !ours && !believed {
             // Late, from a session that has ended.
             return Self::refuse(&header, out);
         }

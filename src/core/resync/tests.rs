@@ -623,7 +623,11 @@ fn a_sparse_file_costs_by_its_data_not_by_its_length() {
             let Effect::AskData { job, .. } = world.orders.swap_remove(at).effect else { unreachable!() };
             asked += 1;
             for side in [Side::Holder, Side::Target] {
-                world.step(Event::Data(job, side, Data { ranges: Vec::from_iter([0..1 << 20]), until: u64::MAX }));
+                world.step(Event::Data(
+                    job,
+                    side,
+                    Data { ranges: std::iter::once(0..1 << 20).collect(), until: u64::MAX },
+                ));
             }
         } else {
             hashed += world.orders.iter().filter(|order| matches!(order.effect, Effect::Hash { .. })).count();
