@@ -442,7 +442,7 @@ impl Control {
     fn route_ask(&mut self, now: Time, ask: Ask) {
         let id = RecordId(host::random());
         let change = match ask {
-            Ask::TakeOver { .. } | Ask::TakeBack => {
+            Ask::TakeOver | Ask::TakeBack => {
                 self.takeover = Some(id);
                 if ask == Ask::TakeBack { arbiter::Change::TakeBack } else { arbiter::Change::TakeOver }
             }
