@@ -21,7 +21,8 @@ pub(super) struct LinkState {
     next: u64,
     /// Why the last link went, in the words of who noticed it.
     lost: Option<String>,
-    session: bool,
+    /// Its end has not been told to the control plane.
+    to_tell: bool,
 }
 
 impl Data {
@@ -40,7 +41,7 @@ impl Data {
                 self.link.next += 1;
                 let id = self.link.next;
                 self.links.insert(id, peer);
-                self.link.current = Some(id);
+                (self.link.current, self.link.to_tell) = (Some(id), true);
                 let nonce = getrandom::u64().expect("the kernel gives random numbers");
                 self.events.push_back(Event::Connected { nonce });
                 self.step();
@@ -55,13 +56,10 @@ impl Data {
         if let Some(link) = self.links.get_mut(&id) {
             link.close(why, self.now);
         }
-        let had_session = self.link.session;
         self.link.lost = Some(why.to_owned());
         self.events.push_back(Event::Disconnected);
         self.step();
-        if !had_session {
-            self.tell(FromData::PeerDown(why.to_owned()));
-        }
+        self.tell_down(why);
         self.link.lost = None;
     }
 
@@ -72,19 +70,25 @@ impl Data {
             link.close(reason, self.now);
         }
         self.events.push_back(Event::Disconnected);
+        self.tell_down(reason);
+    }
+
+    /// Tells once of each link that it is gone, whether a session stood on it or not: it has to be dialed again.
+    fn tell_down(&mut self, why: &str) {
+        if std::mem::take(&mut self.link.to_tell) {
+            self.tell(FromData::PeerDown(why.to_owned()));
+        }
     }
 
     pub(super) fn session_up(&mut self, hello: Hello) {
-        self.link.session = true;
         self.control.peer = Some(hello.replica);
         let Hello { replica, broken, erred, record, .. } = hello;
         self.tell(FromData::PeerUp(PeerUp { replica, broken, erred, record }));
     }
 
     pub(super) fn session_down(&mut self, reason: &'static str) {
-        self.link.session = false;
         let why = self.link.lost.clone().unwrap_or_else(|| reason.to_owned());
-        self.tell(FromData::PeerDown(why));
+        self.tell_down(&why);
     }
 
     pub(super) fn send_hello(&mut self, hello: &Hello) {

@@ -125,6 +125,14 @@ impl Node {
         std::fs::remove_file(path.join("probe")).unwrap();
     }
 
+    /// Whether it has no link, as far as it said.
+    pub fn link_is_down(&self) -> bool {
+        let last = self.said.iter().rev().find(|news| {
+            matches!(news, FromData::PeerDown(_) | FromData::PeerUp(_) | FromData::Say(_) | FromData::Ready(_))
+        });
+        matches!(last, None | Some(FromData::PeerDown(_) | FromData::Ready(_)))
+    }
+
     /// A clean stop.
     pub fn stop(&mut self) {
         self.order(ToData::End);
@@ -178,23 +186,86 @@ pub fn link(a: &Node, b: &Node, clear: bool) {
     b.order(ToData::Link(to_a));
 }
 
-/// The register: takes a proposal of the holder and lets it happen.
-pub fn land(holder: &mut Node, other: &Node, record: &mut Record) -> Change {
-    let change = holder.wait("proposal", |news| match news {
-        FromData::Propose(change) => Some(change.clone()),
-        _ => None,
-    });
-    let in_sync = match &change {
-        Change::DropPeer => vec![holder.me],
-        Change::JoinPeer(peer) => vec![holder.me, *peer],
-    };
-    *record = record.next(RecordId(record.id.0 + 1), holder.me, in_sync);
-    holder.order(ToData::Proposed(change.clone(), record.id));
-    holder.order(ToData::Record(record.clone()));
-    if change == Change::DropPeer && other.data.is_some() {
-        other.order(ToData::Record(record.clone()));
+/// Two nodes, and what the control planes and the register would do for them.
+pub struct Pair {
+    pub holder: Node,
+    pub other: Node,
+    pub record: Record,
+    pub clear: bool,
+    /// Changes that happened, in order.
+    pub changes: Vec<Change>,
+    /// The other one is to be reached.
+    pub linked: bool,
+}
+
+impl Pair {
+    /// A round: proposals land, a lost link is made anew.
+    pub fn turn(&mut self) {
+        while let Some(news) = self.holder.news() {
+            if let FromData::Propose(change) = news {
+                let in_sync = match &change {
+                    Change::DropPeer => vec![self.holder.me],
+                    Change::JoinPeer(peer) => vec![self.holder.me, *peer],
+                };
+                let record = self.record.next(RecordId(self.record.id.0 + 1), self.holder.me, in_sync);
+                self.set(record, matches!(change, Change::DropPeer));
+                self.changes.push(change);
+            }
+        }
+        if self.other.data.is_some() {
+            while self.other.news().is_some() {}
+        }
+        if self.linked && self.holder.link_is_down() && self.other.link_is_down() {
+            self.link();
+        }
     }
-    change
+
+    /// A record that is known: to the holder, and to the other one where it would read it in the register.
+    pub fn set(&mut self, record: Record, tell_other: bool) {
+        self.holder.order(ToData::Record(record.clone()));
+        if tell_other && self.other.data.is_some() {
+            self.other.order(ToData::Record(record.clone()));
+        }
+        self.record = record;
+    }
+
+    pub fn link(&mut self) {
+        for node in [&mut self.holder, &mut self.other] {
+            node.said.push(FromData::Say("linked".to_owned()));
+        }
+        link(&self.holder, &self.other, self.clear);
+    }
+
+    /// Turns until something is so.
+    pub fn until(&mut self, what: &str, mut so: impl FnMut(&mut Self) -> bool) {
+        let began = Instant::now();
+        while !so(self) {
+            let said = (&self.holder.said, &self.other.said);
+            assert!(began.elapsed() < LIMIT, "{what}: not within {} s: {said:#?}", LIMIT.as_secs());
+            std::thread::sleep(Duration::from_millis(2));
+            self.turn();
+        }
+    }
+
+    /// Does what may wait for a change of the record, while the record changes.
+    pub fn during<T: Send + 'static>(&mut self, what: &str, work: impl FnOnce() -> T + Send + 'static) -> T {
+        let thread = std::thread::spawn(work);
+        self.until(what, |_| thread.is_finished());
+        thread.join().unwrap()
+    }
+
+    /// Until the other one is in sync, knows it, and has what was acknowledged.
+    pub fn in_sync(&mut self) {
+        self.until("both are in sync", |pair| {
+            pair.record.is_in_sync(pair.other.me) && !pair.holder.link_is_down() && !pair.other.link_is_down()
+        });
+        let path = self.holder.path("probe");
+        self.during("a change on both", move || {
+            std::fs::write(&path, b"1").unwrap();
+            std::fs::remove_file(&path).unwrap();
+        });
+        assert!(self.record.is_in_sync(self.other.me), "the link held: {:#?}", self.changes);
+    }
 }
 
 /// Names, contents, owners, modes, links of a directory, in order; the hidden folder left out.
