@@ -445,6 +445,28 @@ fn rename_over_holder_dies() {
 }
 
 #[test]
+fn directory_restored() {
+    // R12's cousin here: n1's directory comes back from an old copy. Its store noticed, so everything is compared.
+    tell(None, |world| {
+        world.green_and_idle();
+        world.write(0, 4);
+        world.answered();
+        let old = world.nodes[1].disk.clone();
+        world.write(512, 8);
+        world.write(2, 4);
+        world.answered();
+        world.flush();
+        world.answered();
+        world.kill(1);
+        world.nodes[1].disk = old;
+        world.nodes[1].disk.marks.suspect_all = true;
+        world.at(100 * MS, Happens::Boot(1));
+        world.run_for(2 * SECOND);
+        world.settle();
+    });
+}
+
+#[test]
 fn a_swap_keeps_both_in_sync_and_loses_nothing() {
     tell(None, |world| {
         world.green_and_idle();
