@@ -143,7 +143,7 @@ impl Store {
     /// # Errors
     /// No descriptor left.
     pub fn root(&self) -> Result<OwnedFd, Errno> {
-        Ok(rustix::io::fcntl_dupfd_cloexec(self.tree.root(), 0)?)
+        rustix::io::fcntl_dupfd_cloexec(self.tree.root(), 0)
     }
 
     /// The hidden folder.

@@ -134,7 +134,7 @@ fn a_copy_that_brought_its_id_along_is_a_new_file() {
     drop(store);
     std::fs::write(folder.path().join("b"), b"").unwrap();
     let copy = rustix::fs::setxattr(
-        &folder.path().join("b"),
+        folder.path().join("b"),
         "trusted.vmtwin.id",
         &id.0.to_le_bytes(),
         rustix::fs::XattrFlags::empty(),

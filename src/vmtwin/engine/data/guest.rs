@@ -171,29 +171,27 @@ impl Data {
         let Request { ticket, node, caller, operation } = request;
         // What follows is told apart by whether it needs the holder; the names of files are another page (`names`).
         match operation {
-            Operation::Read { offset, size, .. } => {
-                return self.read(ticket, Reading { file: node, offset, size });
-            }
-            Operation::Write { offset, size, slot, .. } => return self.write(ticket, node, offset, size, slot),
+            Operation::Read { offset, size, .. } => self.read(ticket, Reading { file: node, offset, size }),
+            Operation::Write { offset, size, slot, .. } => self.write(ticket, node, offset, size, slot),
             operation if self.guest.names.concerns(node) && is_ranged(&operation) => {
                 let request = Request { ticket, node, caller, operation };
-                return self.guest.names.wait_behind(request);
+                self.guest.names.wait_behind(request);
             }
             operation if super::names::changes(&operation) => {
-                return self.name_request(Request { ticket, node, caller, operation });
+                self.name_request(Request { ticket, node, caller, operation });
             }
-            Operation::FSync { data_only, .. } => return self.flush(ticket, node, data_only),
-            Operation::FSyncDir { .. } => return self.flush(ticket, node, false),
+            Operation::FSync { data_only, .. } => self.flush(ticket, node, data_only),
+            Operation::FSyncDir { .. } => self.flush(ticket, node, false),
             Operation::FAllocate { offset, length, mode, .. } => {
-                return self.allocate(ticket, node, offset, length, mode);
+                self.allocate(ticket, node, offset, length, mode);
             }
             Operation::Open { flags } if opens_for_writing(flags) => match self.way() {
-                Way::Reader => return self.refuse(ticket, Errno::ROFS),
-                Way::Failing => return self.refuse(ticket, Errno::IO),
+                Way::Reader => self.refuse(ticket, Errno::ROFS),
+                Way::Failing => self.refuse(ticket, Errno::IO),
                 Way::Held => {
                     let operation = Operation::Open { flags };
                     let request = Request { ticket, node, caller, operation };
-                    return self.guest.held.push_back(Held::Other(request));
+                    self.guest.held.push_back(Held::Other(request));
                 }
                 Way::Holder => self.open(ticket, node, flags),
             },
