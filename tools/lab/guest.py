@@ -28,25 +28,27 @@ for d in a b; do
     END { print "HAVE", d, first + 0, last + 0, n + 0, b + 0 }' /mnt/$d/records
 done
 last=$( (tail -n 1 /mnt/a/records; tail -n 1 /mnt/b/records) | awk '$2 > m { m = $2 } END { print m + 0 }')
+# The writer rests: at a power-off the kernel takes the disks away from under whoever writes on.
+hush() { touch /quiet; until [ -e /idle ]; do sleep 0.1; done; sync; }
 # The power button, as libvirt's shutdown presses it.
-( for e in /dev/input/event*; do ( dd if=$e bs=24 count=1 of=/dev/null 2>/dev/null && sync && poweroff -f ) & done; wait ) &
+( for e in /dev/input/event*; do ( dd if=$e bs=24 count=1 of=/dev/null 2>/dev/null && hush && poweroff -f ) & done; wait ) &
 writer() {
   n=$1
   while :; do
     n=$((n + 1)); d=a; [ $((n % 2)) = 0 ] && d=b
     echo "record $n of $((n * 7 + 3))" >> /mnt/$d/records && sync /mnt/$d/records && echo "REC $n" || echo "FAILED $n"
-    while [ -e /quiet ]; do sleep 0.2; done
+    while [ -e /quiet ]; do touch /idle; sleep 0.2; done; rm -f /idle
     usleep 20000
   done
 }
 writer $last &
 while read word arg; do
   case $word in
-    poweroff) sync; poweroff -f;;
-    reboot) sync; reboot -f;;
+    poweroff) hush; poweroff -f;;
+    reboot) hush; reboot -f;;
     panic) echo c > /proc/sysrq-trigger;;
     bulk) dd if=/dev/urandom of=/mnt/b/bulk bs=1M count=$arg conv=notrunc,fsync 2>/dev/null; echo "DONE bulk";;
-    quiet) touch /quiet; sleep 0.5; echo "DONE quiet";;
+    quiet) hush; echo "DONE quiet";;
     loud) rm -f /quiet; echo "DONE loud";;
   esac
 done
@@ -200,8 +202,8 @@ class Guest:
             return []
 
     def mark(self, host):
-        """A place in the host's console to look from."""
-        return len(self.console(host))
+        """A place in the host's console to look from: the line that is being written, or will be next."""
+        return max(0, len(self.console(host)) - 1)
 
     def lines(self, host, word, since=0):
         """Lines that begin with `word`, whole ones only (the last may still be on its way)."""

@@ -166,6 +166,11 @@ class Host:
         shutil.rmtree(f'{self.dir}/run', ignore_errors=True)
         os.makedirs(f'{self.dir}/run/libvirt')
         os.makedirs(f'{self.dir}/run/lock')
+        # libvirt remembers owners in xattrs that hold good until the next boot of the machine; that this host booted it cannot see.
+        for log in os.listdir(f'{self.dir}/log/libvirt'):
+            for name in os.listxattr(f'{self.dir}/log/libvirt/{log}'):
+                if name.startswith('trusted.libvirt.'):
+                    os.removexattr(f'{self.dir}/log/libvirt/{log}', name)
         write(f'{self.dir}/boot_id', f'{uuid.uuid4()}\n')
         run('ip', 'netns', 'add', self.netns)
         run('ip', '-n', self.netns, 'link', 'set', 'lo', 'up')

@@ -24,12 +24,10 @@ class Cluster:
         """Makes the cluster: daemons, authority, the second node's and the witness's joins."""
         for host in self.nodes:
             self.start_node(host)
-        init = ['cluster', 'init', '--name', 'lab', '--node', 'h1', '--address', self.h1.address, '--replication-address', self.h1.replication,
-                '--witness', f'w1={self.w1.address}']
-        if self.clear_link:
-            init += ['--replication-tls', 'off']
-        self.h1.vmtwin(*init)
-        self.h2.vmtwin('cluster', 'join', self.token(), '--node', 'h2', '--address', self.h2.address, '--replication-address', self.h2.replication)
+        clear = ['--replication-tls', 'off'] if self.clear_link else []
+        self.h1.vmtwin('cluster', 'init', '--name', 'lab', '--node', 'h1', '--address', self.h1.address, '--replication-address', self.h1.replication,
+                       '--witness', f'w1={self.w1.address}', *clear)
+        self.h2.vmtwin('cluster', 'join', self.token(), '--node', 'h2', '--address', self.h2.address, '--replication-address', self.h2.replication, *clear)
         self.w1.vmtwin('cluster', 'join', self.token(), '--witness', 'w1', '--state', '/var/lib/vmtwin-witness')
         self.start_witness()
 

@@ -4,6 +4,7 @@ use crate::api::client::{Daemon, failed};
 use crate::api::types::{ClusterStatus, JoinNode};
 use crate::cli::status::table;
 use crate::config::Paths;
+use crate::config::paths::PORT_API;
 use crate::node::join::{self, Init};
 use crate::trust::{Token, TokenRefused};
 use crate::{host, listen, node};
@@ -109,7 +110,11 @@ fn witness(text: &str) -> Result<(WitnessName, IpAddr), String> {
 
 pub async fn run(paths: &Paths, daemon: &Daemon, command: Cluster) -> Outcome {
     match command {
-        Cluster::Init(given) => init(paths, given),
+        Cluster::Init(given) => {
+            init(paths, given)?;
+            heard(paths).await;
+            Ok(())
+        }
         Cluster::Token => token(paths),
         Cluster::Join(given) => enter(paths, given).await,
         Cluster::Status { json } => status(daemon, json).await,
@@ -134,6 +139,21 @@ fn init(paths: &Paths, given: InitGiven) -> Outcome {
     Ok(())
 }
 
+/// Waits until this host's daemon, if it runs, listens at its new address: whoever comes next finds it.
+async fn heard(paths: &Paths) {
+    if tokio::net::UnixStream::connect(paths.node_socket()).await.is_err() {
+        say("note: the daemon does not run here yet: systemctl start vmtwin (or: vmtwin node)");
+        return;
+    }
+    let Some((_, addresses)) = listen::own_addresses(paths) else { return };
+    for _ in 0..200 {
+        if tokio::net::TcpStream::connect((addresses[0], PORT_API)).await.is_ok() {
+            return;
+        }
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+}
+
 fn token(paths: &Paths) -> Outcome {
     let (_, addresses) = listen::own_addresses(paths).ok_or_else(|| {
         failed(3, "this host is in no cluster that can be read here: `vmtwin cluster init` makes one (needs root)")
@@ -149,6 +169,7 @@ async fn enter(paths: &Paths, given: JoinGiven) -> Outcome {
         (Some(node), Some(address), None, None) => {
             let cluster = join::enter(paths, &token, node.as_str(), Some(given.addresses.with(address))).await?;
             say(&format!("{node} is a node of cluster {} now", cluster.name));
+            heard(paths).await;
         }
         (None, None, Some(witness), Some(state)) => {
             let cluster = join::enter(&Paths::under(&state), &token, witness.as_str(), None).await?;
