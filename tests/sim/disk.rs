@@ -218,8 +218,10 @@ impl Disk {
                 let mut ranges: Vec<std::ops::Range<u64>> = Vec::new();
                 for sector in found {
                     let page = sector * SECTOR / PAGE_BYTES * PAGE_BYTES;
+                    let full = ranges.len() == RESYNC_DATA_RANGES_MAX;
                     match ranges.last_mut() {
                         Some(last) if last.end >= page => last.end = page + PAGE_BYTES,
+                        _ if full => return Ok(Value::Data(Data { ranges, until: page })),
                         _ => ranges.push(page..page + PAGE_BYTES),
                     }
                 }
