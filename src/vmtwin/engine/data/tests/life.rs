@@ -86,7 +86,7 @@ fn a_random_life_on_a_holder_is_on_its_peer_too_from_the_first_resync_on() {
         eventually("the life ends", || {
             govern(&mut a, &mut b, &mut record, &mut joined);
             round += 1;
-            if joined && round % 300 == 0 {
+            if joined && round.is_multiple_of(300) {
                 link(&a, &b, true);
             }
             life.is_finished()
