@@ -231,10 +231,15 @@ exec sleep infinity
         """Cuts ('m' or 'r') this host's cable to the switch, or mends it."""
         run('ip', '-n', self.lab.switch, 'link', 'set', f'p{kind}{self.name}', 'up' if up else 'down')
 
-    def drop_incoming(self, kind, drop):
-        """A one-way cut: what arrives by this network is dropped."""
-        if drop:
-            rules = f'table inet cut {{ chain input {{ type filter hook input priority 0; iifname "{kind}0" drop; }} }}'
+    def deaf_to(self, other, deaf):
+        """Drops all that arrives from another host, on both networks; alone it is a one-way cut, on both sides a whole one."""
+        if deaf:
+            rules = f'''table inet cut {{
+    chain input {{
+        type filter hook input priority 0;
+        ip saddr {{ {other.address}, {other.replication} }} drop
+    }}
+}}'''
             self.sh(f"nft -f - <<'X'\n{rules}\nX")
         else:
             self.sh('nft delete table inet cut')
