@@ -8,7 +8,7 @@ use super::world::{Happens, MS, SECOND, World, replica_of};
 use vmtwin_core::ids::FileId;
 use vmtwin_core::limits::SLOW_PEER_MS;
 use vmtwin_core::namespace::Errno;
-use vmtwin_core::replica::Rule;
+use vmtwin_core::replica::{IDLE_GRACE_MS, Rule};
 
 const SEEDS: u64 = 12;
 const F: FileId = FILES[0];
@@ -132,6 +132,31 @@ fn a_peer_that_holds_up_a_write_is_dropped_and_nothing_is_answered_before() {
         assert_eq!(world.guest.in_hand(), 1, "the peer has not got it and is in sync");
         world.peer_out();
         world.answered();
+        world.settle();
+    });
+}
+
+#[test]
+fn a_holder_whose_guest_idles_drops_a_peer_that_stays_away() {
+    tell(None, |world| {
+        world.green_and_idle();
+        world.cut();
+        world.run_for((IDLE_GRACE_MS - 500) * MS);
+        assert!(world.register.record.in_sync.len() > 1, "not before the grace is over");
+        world.peer_out();
+        assert_eq!(world.register.record.in_sync, [replica_of(0)]);
+        world.settle();
+    });
+}
+
+#[test]
+fn a_link_that_blinks_under_an_idle_guest_costs_no_resync() {
+    tell(None, |world| {
+        world.green_and_idle();
+        let generation = world.register.record.generation;
+        world.break_connection();
+        world.run_for(2 * IDLE_GRACE_MS * MS);
+        assert_eq!(world.register.record.generation, generation);
         world.settle();
     });
 }

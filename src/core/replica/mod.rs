@@ -22,7 +22,7 @@ mod session;
 
 use crate::format::Owner;
 use crate::ids::{ModuleId, ReplicaId, Sequence};
-use crate::limits::{LOG_EXTENTS_MAX, SLOW_PEER_MS};
+use crate::limits::{LINK_SILENT_MS, LOG_EXTENTS_MAX, SLOW_PEER_MS};
 use crate::record::Record;
 use crate::time::{Time, millis};
 use crate::wire::codec::Writer;
@@ -39,6 +39,10 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 /// A peer in sync that has no session is dropped when a request has waited this long for it, in milliseconds.
 pub const LINK_GRACE_MS: u64 = 500;
 const _: () = assert!(LINK_GRACE_MS < SLOW_PEER_MS, "a link that is down is worse than a slow one");
+/// One that has no session for this long is dropped though nothing waits for it, in milliseconds: whoever looks at an idle
+/// holder should see whether it could go on alone. A peer whose process is only restarted is back before.
+pub const IDLE_GRACE_MS: u64 = LINK_SILENT_MS + 1000;
+const _: () = assert!(LINK_GRACE_MS < IDLE_GRACE_MS, "an idle guest is in less of a hurry than a waiting one");
 /// A proposal that failed is made again after this time, in milliseconds.
 const PROPOSE_AGAIN_MS: u64 = 200;
 /// Slots of the log in use from which on it is flushed.
@@ -360,8 +364,14 @@ impl Replica {
         if self.oldest_asked().is_some_and(|since| waited(since, self.config.slow_peer_ms)) {
             self.peer_failed("the peer holds up a request", out);
         }
+        if self.session().is_some() {
+            return;
+        }
         let since = self.ops.values().filter(|op| Self::is_due(op)).map(|op| op.since.max(self.lost_since)).min();
-        if self.session().is_none() && since.is_some_and(|since| waited(since, LINK_GRACE_MS)) {
+        let wanted = since.is_some_and(|since| waited(since, LINK_GRACE_MS));
+        // Without a lease nobody would decide it, and the peer may be about to take over.
+        let idle = self.lease && self.drain.is_none() && waited(self.lost_since, IDLE_GRACE_MS);
+        if wanted || idle {
             self.peer_failed("no link to the peer", out);
         }
     }
@@ -392,6 +402,7 @@ impl Replica {
             }
             if !was_holder {
                 self.fail_guest(out);
+                self.lost_since = self.now;
             }
             if self.marks.broken && !in_sync {
                 self.set_marks(Marks { broken: false, ..self.marks }, out);
