@@ -31,6 +31,8 @@ pub enum Word {
     Stop,
     /// It does not, after all.
     StopUndone,
+    /// The VM crashed too often here: whoever gets it now does not give it back for the same reason.
+    Crashes,
 }
 
 /// A change of the in-sync set that the data path needs.
@@ -49,6 +51,8 @@ pub enum VmEnd {
     GuestShutdown,
     /// Its process got SIGTERM.
     HostShutdown,
+    /// It ended, however, while its host was going down.
+    HostStops,
     /// Destroyed by hand.
     Destroyed,
     /// Its process died, or the guest panicked.

@@ -1,14 +1,20 @@
 //! What the module machine knows, and what follows from it without any change: who may do what, until when.
 use super::event::{Peer, Progress, Refusal};
 use crate::ids::ReplicaId;
+use crate::limits::{LEASE_MS, TAKEOVER_MS};
 use crate::record::Record;
-use crate::time::Time;
+use crate::time::{Time, millis};
 use std::time::Duration;
 
-/// Local restarts of a VM that crashed, within `CRASH_SPAN`, before it is given up.
+/// Local restarts of a VM that crashed, within `CRASH_SPAN`, before the other node tries it; if that did, it is given up.
 pub const CRASHES_MAX: usize = 3;
 /// Crashes older than this are forgotten.
 pub const CRASH_SPAN: Duration = Duration::from_secs(600);
+/// The other node's word that the VM crashed there counts this long: its crashes may span one `CRASH_SPAN`, ours another.
+pub const CRASHES_THERE_SPAN: Duration = Duration::from_secs(1200);
+/// A VM that is being shut down when the lease ends gets this much longer: nobody takes over before, and a power cut costs
+/// its guest more than a pause would.
+pub const STOP_WITHOUT_LEASE: Duration = millis((TAKEOVER_MS - LEASE_MS) / 2);
 /// A call to the hypervisor that failed, and a proposal that did not land, are tried again after this long.
 pub const RETRY: Duration = Duration::from_secs(2);
 /// A takeover that did not land is tried again after this long.
@@ -161,6 +167,10 @@ pub struct Machine {
     pub(super) vm_after: Time,
     pub(super) restarting: bool,
     pub(super) crashes: Vec<Time>,
+    /// When the other node said that the VM crashed there too often.
+    pub(super) crashes_there: Option<Time>,
+    /// The data thread was told to fail what the VM waits for.
+    pub(super) fails_held: bool,
     /// Why the VM is not started again.
     pub(super) given_up: Option<String>,
     /// The module stops on both nodes, and this one follows: until when it waits for the holder.
@@ -201,6 +211,8 @@ impl Machine {
             vm_after: Time(0),
             restarting: false,
             crashes: Vec::new(),
+            crashes_there: None,
+            fails_held: false,
             given_up: None,
             stopping_until: None,
             end_trouble: None,
@@ -269,20 +281,28 @@ impl Machine {
         }
     }
 
-    /// When `Tick` is due, if ever.
+    /// When `Tick` is due, if ever. What was due is no more after it: a loop that waits for it never turns on the spot.
     #[must_use]
     pub fn deadline(&self) -> Option<Time> {
+        if self.is_over() {
+            return None;
+        }
         let phase = match self.phase {
             Phase::Leaving { step: LeaveStep::Quiescing { until, .. } | LeaveStep::Releasing { until }, .. }
             | Phase::Ending { until, again: None, .. } => Some(until),
             Phase::Ending { until, again: Some(again), .. } => Some(until.min(again)),
             _ => None,
         };
-        let lease = (self.holds() && self.vm_is_up() && !self.paused_by_us).then_some(self.lease_until);
-        // A VM that is to be started, killed or resumed again after a failed call.
+        let lease = match self.vm {
+            Vm::Starting | Vm::Running if self.phase == Phase::Holding && !self.paused_by_us => Some(self.lease_until),
+            Vm::Stopping if self.holds() => Some(self.lease_until + STOP_WITHOUT_LEASE),
+            _ => None,
+        };
+        let stop = self.stopping_until.filter(|_| matches!(self.phase, Phase::Waiting | Phase::Following));
+        // A VM that is to be started, killed, paused or resumed again after a failed call.
         let vm = (self.vm_after > Time(0)).then_some(self.vm_after);
         let takeover = self.takeover_due().map(|(at, _)| at);
-        [phase, lease, vm, takeover, self.stopping_until].into_iter().flatten().min()
+        [phase, lease, vm, takeover, stop].into_iter().flatten().min()
     }
 
     pub(super) fn lease_is_live(&self, now: Time) -> bool {
@@ -344,6 +364,19 @@ impl Machine {
             return Err(format!("{other} is not in sync yet: wait until `vmtwin status {module}` shows PRIM green"));
         }
         Ok(peer)
+    }
+
+    /// Whether it could go there and somebody could decide so.
+    ///
+    /// # Errors
+    /// Why not, and what to do.
+    pub(super) fn may_hand_over(&self, now: Time) -> Result<(), String> {
+        self.peer_ready()?;
+        if self.lease_is_live(now) {
+            Ok(())
+        } else {
+            Err("no majority of acceptors answers; a swap needs one".to_owned())
+        }
     }
 
     pub(super) fn next_token(&mut self) -> u64 {

@@ -4,9 +4,9 @@ use super::event::{
     Ask, Change, Command, DataOrder, Effect, Event, Level, Mark, Peer, Refusal, VmCall, VmEnd, VmNews, VmOrder, Word,
 };
 use super::state::{
-    CRASH_SPAN, CRASHES_MAX, Cause, END_LIMIT, EXIT_FAILED, EXIT_STOPPED, EXIT_TERMINATED, Goal, HAND_OVER_LIMIT,
-    LeaveStep, Machine, Phase, QUIESCE_LIMIT, RETRY, RETRY_TAKEOVER, STOP_SPARE, TERMINATE_LIMIT, Vm, failed,
-    forbidden,
+    CRASH_SPAN, CRASHES_MAX, CRASHES_THERE_SPAN, Cause, END_LIMIT, EXIT_FAILED, EXIT_STOPPED, EXIT_TERMINATED, Goal,
+    HAND_OVER_LIMIT, LeaveStep, Machine, Phase, QUIESCE_LIMIT, RETRY, RETRY_TAKEOVER, STOP_SPARE, STOP_WITHOUT_LEASE,
+    TERMINATE_LIMIT, Vm, failed, forbidden,
 };
 use crate::record::Record;
 use crate::time::Time;
@@ -73,37 +73,34 @@ impl Machine {
                 _ => {}
             }
         }
-        if self.phase == Phase::Holding && self.vm_after <= now {
-            let live = self.lease_is_live(now);
-            match self.vm {
-                Vm::Off if live && self.in_force && self.given_up.is_none() => {
-                    self.vm = Vm::Starting;
-                    self.vm_after = Time(0);
-                    effects.push(Effect::Vm(VmOrder::Start));
-                }
-                Vm::Starting | Vm::Running | Vm::Paused { .. } if !live && !self.paused_by_us => {
-                    self.paused_by_us = true;
-                    effects.push(Effect::Vm(VmOrder::Pause));
-                    note(
-                        effects,
-                        Level::Warn,
-                        "lease-ended",
-                        "no majority renewed the lease: I/O is held, the VM is paused",
-                    );
-                }
-                _ if live && self.paused_by_us => {
-                    self.paused_by_us = false;
-                    self.vm_after = Time(0);
-                    effects.push(Effect::Vm(VmOrder::Resume));
-                    note(
-                        effects,
-                        Level::Info,
-                        "lease-back",
-                        "the lease is back and nobody else became holder: the VM goes on",
-                    );
-                }
-                _ => {}
+        let (live, rested) = (self.lease_is_live(now), self.vm_after <= now);
+        match (&self.phase, self.vm) {
+            (Phase::Holding, Vm::Off) if live && rested && self.in_force && self.given_up.is_none() => {
+                self.vm = Vm::Starting;
+                self.vm_after = Time(0);
+                effects.push(Effect::Vm(VmOrder::Start));
             }
+            // One that somebody else paused stays as it is: it would be resumed with the lease.
+            (Phase::Holding, Vm::Starting | Vm::Running) if !live && !self.paused_by_us => {
+                self.paused_by_us = true;
+                effects.push(Effect::Vm(VmOrder::Pause));
+                let text = "no majority renewed the lease: I/O is held, the VM is paused";
+                note(effects, Level::Warn, "lease-ended", text);
+            }
+            (Phase::Holding, _) if live && rested && self.paused_by_us => {
+                self.paused_by_us = false;
+                self.vm_after = Time(0);
+                effects.push(Effect::Vm(VmOrder::Resume));
+                let text = "the lease is back and nobody else became holder: the VM goes on";
+                note(effects, Level::Info, "lease-back", text);
+            }
+            // It cannot power off with its I/O held, and a pause would wait behind the call that stops it.
+            (Phase::Holding | Phase::Leaving { .. }, Vm::Stopping) if self.lease_until + STOP_WITHOUT_LEASE <= now => {
+                let text = "the lease ended while the guest was powering off: its VM is killed";
+                note(effects, Level::Warn, "lease-ended", text);
+                self.kill(effects);
+            }
+            _ => {}
         }
     }
 
@@ -156,6 +153,10 @@ impl Machine {
 
     fn on_data_failed(&mut self, why: String, effects: &mut Effects) {
         note(effects, Level::Error, "data-failed", why.clone());
+        if self.vm_is_up() {
+            // Its files are gone with this process, and nobody would pause it when the lease ends.
+            self.kill(effects);
+        }
         self.answer_all(&Err(failed(why)), effects);
         self.exit(EXIT_FAILED, effects);
     }
@@ -210,6 +211,7 @@ impl Machine {
                 );
             }
             Word::StopUndone => self.stopping_until = None,
+            Word::Crashes => self.crashes_there = Some(now),
         }
     }
 
@@ -280,7 +282,8 @@ impl Machine {
         let was_in_sync = self.is_in_sync() || self.record.is_none();
         self.record = Some(record.clone());
         self.silent = false;
-        self.released = false;
+        // A change that was under way when the lease was given back leaves the release as it is.
+        self.released &= self.is_holder_by_record() && !ours;
         self.handed_over = false;
         self.takeover_ordered = false;
         if self.is_in_sync() && !was_in_sync {
@@ -291,6 +294,11 @@ impl Machine {
             self.resync = None;
         }
         let held_by_me = self.is_holder_by_record();
+        if !held_by_me {
+            // Another's turn: what went wrong here is no reason not to start when it is ours again.
+            self.given_up = None;
+            self.crashes.clear();
+        }
         let to_data = Effect::Data(DataOrder::Record(record));
         match (&self.phase, held_by_me) {
             // A process that was started anew serves only by a round of its own (R1).
@@ -305,7 +313,13 @@ impl Machine {
                 (self.broken, self.in_force) = (false, false);
                 effects.extend([Effect::Mark(Mark::Won), to_data, Effect::Data(DataOrder::Undrain)]);
                 self.note_record(effects);
+                if let Some(why) = self.erred.clone() {
+                    // It failed while it was being asked for.
+                    self.on_erred(now, why, effects);
+                }
             }
+            // It landed after all: others need not wait for this process to be gone.
+            (Phase::Ending { .. }, true) if ours => effects.push(Effect::Arbiter(Ask::Release { to: None })),
             (Phase::Draining { .. } | Phase::Proposing { .. }, true) => {}
             (Phase::Draining { .. } | Phase::Proposing { .. }, false) => {
                 self.phase = Phase::Following;
@@ -409,6 +423,7 @@ impl Machine {
             VmNews::Dying => {
                 // Only now may what the VM waits for fail: no error reaches a guest that lives.
                 if self.vm == Vm::Killing {
+                    self.fails_held = true;
                     effects.push(Effect::Data(DataOrder::FailHeld));
                 }
             }
@@ -459,6 +474,10 @@ impl Machine {
         self.paused_by_us = false;
         self.vm_trouble = None;
         self.vm_after = Time(0);
+        if std::mem::take(&mut self.fails_held) && self.holds() {
+            // The next VM's requests are not to fail for the sake of this one; a new record ends it anyway.
+            effects.push(Effect::Data(DataOrder::Undrain));
+        }
         match self.phase {
             Phase::Clearing => {
                 self.phase = Phase::Opening;
@@ -497,6 +516,9 @@ impl Machine {
                 note(effects, Level::Warn, "vm-stopped-by-hand", text);
                 self.leave(now, Goal::Stop, effects);
             }
+            VmEnd::HostStops => {
+                self.move_or_give_up(now, false, "its host is shutting down".to_owned(), effects);
+            }
             VmEnd::Crashed => {
                 note(effects, Level::Error, "vm-crashed", "the VM's process died or its guest panicked");
                 self.count_crash(now, now, "crashed", effects);
@@ -510,12 +532,32 @@ impl Machine {
         self.crashes.push(now);
         self.vm_after = at;
         if self.crashes.len() > CRASHES_MAX {
+            let tried = self.crashes_there.is_some_and(|at| now.since(at) < CRASHES_THERE_SPAN);
             let text = format!("the VM {what} {} times within 10 minutes", self.crashes.len());
-            note(effects, Level::Error, "vm-given-up", format!("{text}: not started again"));
-            self.restarting = false;
-            self.answer_all(&Err(failed(text.clone())), effects);
-            self.given_up = Some(text);
             self.vm_after = Time(0);
+            if !tried {
+                effects.push(Effect::Data(DataOrder::Tell(Word::Crashes)));
+            }
+            self.move_or_give_up(now, tried, text, effects);
+        }
+    }
+
+    /// The VM does not run here any more: the other node is to, if it can and has not `tried` before.
+    fn move_or_give_up(&mut self, now: Time, tried: bool, why: String, effects: &mut Effects) {
+        self.restarting = false;
+        self.answer_all(&Err(failed(why.clone())), effects);
+        // Also where nobody takes it over.
+        self.given_up = Some(why.clone());
+        let peer = self.settings.peer.clone();
+        let ready = if tried { Err(format!("{peer} tried before")) } else { self.may_hand_over(now) };
+        match ready {
+            Ok(()) => {
+                note(effects, Level::Warn, "vm-moved", format!("{why}: it goes to {peer}"));
+                self.leave(now, Goal::Swap, effects);
+            }
+            Err(not) => {
+                note(effects, Level::Error, "vm-given-up", format!("{why}: not started again, and not moved ({not})"));
+            }
         }
     }
 
@@ -528,7 +570,7 @@ impl Machine {
                 self.count_crash(now, now + RETRY, "failed to start", effects);
             }
             (VmCall::Shutdown, Phase::Leaving { .. }) => self.kill(effects),
-            (VmCall::Shutdown, Phase::Holding) => {
+            (VmCall::Shutdown, Phase::Holding) if self.vm == Vm::Stopping => {
                 self.vm = Vm::Running;
                 self.restarting = false;
                 self.answer_all(&Err(failed(format!("the VM could not be stopped: {why}"))), effects);
@@ -538,7 +580,8 @@ impl Machine {
                 self.vm_after = now + RETRY;
             }
             (VmCall::Clear, _) => self.vm_after = now + RETRY,
-            // Its I/O is held anyway (Pause), or the news is late.
+            (VmCall::Pause, Phase::Holding) if self.paused_by_us => self.vm_after = now + RETRY,
+            // Late news.
             _ => {}
         }
     }
@@ -579,15 +622,18 @@ impl Machine {
 
     fn on_tick(&mut self, now: Time, effects: &mut Effects) {
         let vm_is_due = self.vm_after > Time(0) && self.vm_after <= now;
+        if vm_is_due {
+            self.vm_after = Time(0);
+            match self.vm {
+                _ if self.phase == Phase::Clearing => effects.push(Effect::Vm(VmOrder::Clear)),
+                Vm::Killing => self.kill(effects),
+                Vm::Starting | Vm::Running if self.paused_by_us && !self.lease_is_live(now) => {
+                    effects.push(Effect::Vm(VmOrder::Pause));
+                }
+                _ => {}
+            }
+        }
         match self.phase {
-            Phase::Clearing if vm_is_due => {
-                self.vm_after = Time(0);
-                effects.push(Effect::Vm(VmOrder::Clear));
-            }
-            _ if vm_is_due && self.vm == Vm::Killing => {
-                self.vm_after = Time(0);
-                self.kill(effects);
-            }
             Phase::Leaving { step: LeaveStep::Quiescing { token, until }, .. } if until <= now => {
                 self.on_quiesced(now, token, false, effects);
             }
@@ -670,6 +716,7 @@ impl Machine {
         }
         if self.given_up.take().is_some() {
             self.crashes.clear();
+            self.crashes_there = None;
         }
         Ok(true)
     }
@@ -686,7 +733,7 @@ impl Machine {
             }
             Phase::Holding => {
                 let module = &self.settings.module;
-                self.peer_ready().map_err(|why| {
+                self.may_hand_over(now).map_err(|why| {
                     forbidden(format!("{why}. To stop {module} on both nodes: `vmtwin stop {module}`"))
                 })?;
                 self.leave(now, Goal::SwapThenStop, effects);
@@ -715,10 +762,7 @@ impl Machine {
         match self.phase {
             Phase::Holding if self.restarting => Err(self.busy()),
             Phase::Holding => {
-                self.peer_ready().map_err(forbidden)?;
-                if !self.lease_is_live(now) {
-                    return Err(forbidden("no majority of acceptors answers; a swap needs one".to_owned()));
-                }
+                self.may_hand_over(now).map_err(forbidden)?;
                 self.leave(now, Goal::Swap, effects);
                 Ok(false)
             }
@@ -739,6 +783,7 @@ impl Machine {
             (Phase::Holding, _) => {
                 self.given_up = None;
                 self.crashes.clear();
+                self.crashes_there = None;
                 self.restarting = true;
                 Ok(false)
             }

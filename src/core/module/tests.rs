@@ -215,6 +215,41 @@ fn a_vm_is_paused_when_the_lease_ends_and_goes_on_when_the_record_proved_unchang
 }
 
 #[test]
+fn a_pause_that_failed_is_tried_again_while_there_is_no_lease() {
+    let mut node = Node::prim();
+    node.pass(millis(LEASE_MS));
+    assert_eq!(vm_orders(&node.tell(failed(VmCall::Pause, "no contact"))), []);
+    assert_eq!(vm_orders(&node.pass(millis(2_000))), [VmOrder::Pause]);
+    node.tell(paused());
+    assert_eq!(vm_orders(&node.pass(millis(2_000))), []);
+    assert_eq!(vm_orders(&node.lease()), [VmOrder::Resume]);
+}
+
+#[test]
+fn a_vm_that_somebody_else_paused_is_not_resumed_with_the_lease() {
+    let mut node = Node::prim();
+    node.tell(Event::Vm(VmNews::Paused { io_error: true }));
+    assert_eq!(vm_orders(&node.pass(millis(LEASE_MS))), []);
+    assert_eq!(vm_orders(&node.lease()), []);
+    node.pass(millis(LEASE_MS));
+    assert_eq!(vm_orders(&node.tell(running())), [VmOrder::Pause], "resumed by hand, without a lease");
+}
+
+#[test]
+fn a_vm_that_is_powering_off_when_the_lease_ends_is_killed_before_anybody_takes_over() {
+    for command in [Command::Swap, Command::Stop { both: true }, Command::Restart] {
+        let mut node = Node::prim();
+        node.command(command);
+        assert_eq!(vm_orders(&node.pass(millis(LEASE_MS))), [], "{command:?}");
+        assert!(node.machine.deadline().unwrap() < node.now + millis(crate::limits::TAKEOVER_MS - LEASE_MS));
+        assert_eq!(vm_orders(&node.pass(millis(400))), [VmOrder::Kill], "{command:?}");
+        assert_eq!(data_orders(&node.tell(Event::Vm(VmNews::Dying))), [DataOrder::FailHeld]);
+        // Requests of the next VM here do not fail for it.
+        assert_eq!(data_orders(&node.tell(off()))[0], DataOrder::Undrain, "{command:?}");
+    }
+}
+
+#[test]
 fn a_resume_that_failed_is_tried_again() {
     let mut node = Node::prim();
     node.pass(millis(LEASE_MS));
@@ -273,9 +308,30 @@ fn a_failed_disk_of_the_holder_hands_the_vm_to_the_peer() {
     let effects = node.tell(Event::Erred("EIO at write".to_owned()));
     assert_eq!(vm_orders(&effects), [VmOrder::Kill], "its I/O is held: no graceful stop is possible");
     node.tell(Event::Vm(VmNews::Dying));
-    assert_eq!(node.tell(off()), [Effect::Arbiter(Ask::Release { to: None })]);
+    assert_eq!(node.tell(off()).last(), Some(&Effect::Arbiter(Ask::Release { to: None })));
     assert_eq!(drain(&node.pass(Duration::from_secs(60))), None, "it does not come back by itself");
     assert_eq!(node.view().health, Health::Red);
+}
+
+#[test]
+fn a_disk_that_fails_while_its_node_is_handed_the_vm_hands_it_back() {
+    let mut node = Node::second();
+    let token = drain(&node.tell(Event::HandedOver)).unwrap();
+    node.tell(Event::Drained(token));
+    node.tell(Event::Erred("EIO at write".to_owned()));
+    let effects = node.known(record(7, ME, &[ME, OTHER]), true);
+    assert!(effects.contains(&Effect::Arbiter(Ask::Release { to: None })), "{effects:?}");
+    assert_eq!(vm_orders(&node.lease()), []);
+}
+
+#[test]
+fn a_takeover_that_lands_in_a_process_that_ends_is_released() {
+    let mut node = Node::second();
+    let token = drain(&node.tell(Event::HandedOver)).unwrap();
+    node.tell(Event::Drained(token));
+    node.tell(Event::Terminate);
+    let effects = node.known(record(7, ME, &[ME, OTHER]), true);
+    assert_eq!(effects, [Effect::Arbiter(Ask::Release { to: None })]);
 }
 
 #[test]
@@ -326,7 +382,7 @@ fn a_vm_destroyed_by_its_admin_stops_the_module_with_a_warning() {
 
 #[test]
 fn a_vm_that_crashes_is_restarted_three_times_and_then_given_up() {
-    let mut node = Node::prim();
+    let mut node = Node::alone();
     node.lease_for(Duration::from_secs(3600));
     for _ in 0..3 {
         assert_eq!(vm_orders(&node.tell(ended(VmEnd::Crashed))), [VmOrder::Start]);
@@ -345,6 +401,59 @@ fn a_vm_that_crashes_is_restarted_three_times_and_then_given_up() {
 }
 
 #[test]
+fn a_vm_that_crashes_too_often_here_is_tried_on_the_other_node() {
+    let mut node = Node::prim();
+    let effects = node.crash_four_times();
+    let orders = data_orders(&effects);
+    let [DataOrder::Tell(Word::Crashes), DataOrder::Quiesce(token)] = orders[..] else { panic!("{orders:?}") };
+    let effects = node.tell(Event::Quiesced { token, both: true });
+    assert_eq!(effects, [Effect::Arbiter(Ask::Release { to: Some(OTHER) })]);
+    node.known(record(7, OTHER, &[ME, OTHER]), false);
+    assert_eq!(node.view().health, Health::Green);
+    // That it was given up is forgotten: when the other one dies, it is started here.
+    let token = drain(&node.tell(Event::HolderSilent(true))).unwrap();
+    node.tell(Event::Drained(token));
+    node.known(record(8, ME, &[ME]), true);
+    assert_eq!(vm_orders(&node.lease()), [VmOrder::Start]);
+}
+
+#[test]
+fn a_vm_that_crashes_on_both_nodes_stops_where_it_is() {
+    let mut node = Node::second();
+    node.tell(Event::Told(Word::Crashes));
+    let token = drain(&node.tell(Event::HandedOver)).unwrap();
+    node.tell(Event::Drained(token));
+    node.known(record(7, ME, &[ME, OTHER]), true);
+    node.lease();
+    node.tell(running());
+    node.tell(Event::PeerUp(PEER));
+    assert_eq!(data_orders(&node.crash_four_times()), []);
+    assert_eq!((node.view().state, node.view().health), (State::Stop, Health::Magenta));
+}
+
+#[test]
+fn a_crashing_vm_that_the_other_node_does_not_take_is_given_up() {
+    let mut node = Node::prim();
+    let token = quiesce(&node.crash_four_times()).unwrap();
+    assert_eq!(vm_orders(&node.tell(Event::Quiesced { token, both: false })), []);
+    assert_eq!((node.view().state, node.view().health), (State::Stop, Health::Magenta));
+    assert_eq!(vm_orders(&node.command(Command::Start)), [VmOrder::Start]);
+}
+
+#[test]
+fn a_vm_that_ends_with_its_host_goes_to_the_other_node_or_waits_for_the_end() {
+    let mut node = Node::prim();
+    let orders = data_orders(&node.tell(ended(VmEnd::HostStops)));
+    assert!(matches!(orders[..], [DataOrder::Quiesce(_)]), "no stop of the module: {orders:?}");
+    let mut node = Node::alone();
+    assert_eq!(node.tell(ended(VmEnd::HostStops)), []);
+    assert_eq!(vm_orders(&node.lease()), [], "not started on a host that goes down");
+    let token = quiesce(&node.tell(Event::Terminate)).unwrap();
+    node.tell(Event::Quiesced { token, both: false });
+    assert_eq!(node.tell(Event::Ended(Ok(()))).last(), Some(&Effect::Exit(143)), "still wanted at the next boot");
+}
+
+#[test]
 fn crashes_far_apart_are_not_added_up() {
     let mut node = Node::prim();
     node.lease_for(Duration::from_secs(36_000));
@@ -357,7 +466,7 @@ fn crashes_far_apart_are_not_added_up() {
 
 #[test]
 fn a_start_that_fails_is_tried_again_and_says_why() {
-    let mut node = Node::prim();
+    let mut node = Node::alone();
     node.lease_for(Duration::from_secs(3600));
     node.tell(ended(VmEnd::Crashed));
     assert_eq!(vm_orders(&node.tell(failed(VmCall::Start, "no memory"))), []);
@@ -487,11 +596,12 @@ fn a_swap_that_nobody_takes_is_taken_back_by_a_change_of_our_own() {
     assert_eq!(vm_orders(&effects), [], "released: it serves nothing until it has won again");
     let token = drain(&effects).unwrap();
     assert_eq!(node.tell(Event::Drained(token)), [Effect::Arbiter(Ask::TakeBack)]);
-    // Whose outcome is open is asked for again, and never as an ordinary takeover.
+    // Whose outcome is open is asked for again, and never as an ordinary takeover, even if a drop of before lands.
     node.tell(Event::NotLanded);
+    node.known(record(7, ME, &[ME]), false);
     let token = drain(&node.pass(Duration::from_secs(1))).unwrap();
     assert_eq!(node.tell(Event::Drained(token)), [Effect::Arbiter(Ask::TakeBack)]);
-    node.known(record(7, ME, &[ME, OTHER]), true);
+    node.known(record(8, ME, &[ME]), true);
     assert_eq!(vm_orders(&node.lease()), [VmOrder::Start]);
 }
 
@@ -505,6 +615,7 @@ fn a_swap_is_refused_with_the_reason_and_the_way_out() {
     let mut node = Node::prim();
     node.pass(millis(LEASE_MS));
     assert!(node.refused(Command::Swap).contains("no majority"));
+    assert!(node.refused(Command::Stop { both: false }).contains("no majority"));
     let effects = node.last();
     assert_eq!(vm_orders(&effects), []);
 }
@@ -564,7 +675,9 @@ fn sigterm_on_the_replica_just_ends() {
 #[test]
 fn a_data_thread_that_fails_or_never_closes_ends_the_process() {
     let mut node = Node::prim();
-    assert_eq!(node.tell(Event::Failed("no directory".to_owned())).last(), Some(&Effect::Exit(1)));
+    let effects = node.tell(Event::Failed("no directory".to_owned()));
+    assert_eq!(vm_orders(&effects), [VmOrder::Kill], "nobody would pause it any more");
+    assert_eq!(effects.last(), Some(&Effect::Exit(1)));
     let mut node = Node::second();
     node.command(Command::Stop { both: false });
     let effects = node.pass(Duration::from_secs(30));
@@ -602,8 +715,13 @@ fn whatever_comes_in_whatever_order_the_invariants_hold_and_red_states_say_why()
                 0 => Event::Vm(VmNews::Off { by_itself: next(2) == 0 }),
                 1 => running(),
                 2 => paused(),
-                3 => ended([VmEnd::Crashed, VmEnd::Destroyed, VmEnd::GuestShutdown][next(3) as usize]),
-                4 => failed([VmCall::Clear, VmCall::Start, VmCall::Resume, VmCall::Shutdown][next(4) as usize], "x"),
+                3 => {
+                    ended([VmEnd::Crashed, VmEnd::Destroyed, VmEnd::GuestShutdown, VmEnd::HostStops][next(4) as usize])
+                }
+                4 => {
+                    let calls = [VmCall::Clear, VmCall::Start, VmCall::Pause, VmCall::Resume, VmCall::Shutdown];
+                    failed(calls[next(5) as usize], "x")
+                }
                 5 => Event::Vm(VmNews::Dying),
                 6 if node.machine.me.is_none() => {
                     Event::Ready { replica: ME, broken: next(2) == 0, erred: next(4) == 0 }
@@ -630,14 +748,14 @@ fn whatever_comes_in_whatever_order_the_invariants_hold_and_red_states_say_why()
                 24 => Event::Command(next(1000), Command::Restart),
                 25 => Event::Command(next(1000), Command::Prim),
                 26 if next(20) == 0 => Event::Command(next(1000), Command::Stop { both: next(2) == 0 }),
-                27 => Event::Told([Word::Stop, Word::StopUndone][next(2) as usize]),
+                27 => Event::Told([Word::Stop, Word::StopUndone, Word::Crashes][next(3) as usize]),
                 _ => {
                     node.now = node.now + millis(next(3000));
                     Event::Tick
                 }
             };
             let was_known = node.machine.record().cloned();
-            for effect in node.tell(event) {
+            for effect in node.tell(event.clone()) {
                 match effect {
                     Effect::Data(DataOrder::Drain(t) | DataOrder::Quiesce(t)) => token = t,
                     Effect::Vm(VmOrder::Start) => {
@@ -646,6 +764,10 @@ fn whatever_comes_in_whatever_order_the_invariants_hold_and_red_states_say_why()
                     }
                     _ => {}
                 }
+            }
+            if event == Event::Tick {
+                let due = node.machine.deadline().filter(|at| *at <= node.now);
+                assert_eq!(due, None, "seed {seed}: due for ever in {:?}", node.machine);
             }
             let view = node.view();
             assert_eq!(view.health == Health::Green, view.reason.is_empty(), "seed {seed}: {view:?}");
@@ -736,6 +858,14 @@ impl Node {
         node.known(record(6, ME, &[ME, OTHER]), true);
         assert_eq!((node.view().state, node.view().health), (State::Prim, Health::Green));
         node
+    }
+    fn crash_four_times(&mut self) -> Vec<Effect> {
+        self.lease_for(Duration::from_secs(3600));
+        for _ in 0..3 {
+            assert_eq!(vm_orders(&self.tell(ended(VmEnd::Crashed))), [VmOrder::Start]);
+            self.tell(running());
+        }
+        self.tell(ended(VmEnd::Crashed))
     }
     fn broken(&mut self, change: impl FnOnce(&mut Machine)) {
         change(&mut self.machine);

@@ -27,6 +27,9 @@ use vmtwin_core::time::{Time, millis};
 
 /// The arbiter is asked for the lease this often.
 const ASK_LEASE: Duration = millis(RENEW_MS / 2);
+/// The loop waits at least this long where no news came: all that brings news runs on the same thread, and something that
+/// stays due must not keep it from that.
+const WAIT_MIN: Duration = Duration::from_millis(1);
 /// Answers and releases that are on their way get this long at the end.
 const LAST_WORDS: Duration = Duration::from_millis(200);
 
@@ -151,7 +154,8 @@ impl Control {
         self.tell(now(), Event::Begin);
         self.route(now());
         while self.exit.is_none() {
-            let wake = self.wake(now());
+            let asleep = now();
+            let wake = self.wake(asleep).max(asleep + WAIT_MIN);
             let arrived = tokio::select! {
                 biased;
                 arrived = news.recv() => arrived,
@@ -260,6 +264,7 @@ impl Control {
                 Event::Told(match word {
                     Word::Stop => module::Word::Stop,
                     Word::StopUndone => module::Word::StopUndone,
+                    Word::Crashes => module::Word::Crashes,
                 }),
             ),
             FromData::Propose(change) => self.tell(
@@ -434,6 +439,7 @@ impl Control {
             DataOrder::FailHeld => ToData::FailHeld,
             DataOrder::Tell(module::Word::Stop) => ToData::Tell(Word::Stop),
             DataOrder::Tell(module::Word::StopUndone) => ToData::Tell(Word::StopUndone),
+            DataOrder::Tell(module::Word::Crashes) => ToData::Tell(Word::Crashes),
             DataOrder::End => ToData::End,
         };
         self.order(now, order);

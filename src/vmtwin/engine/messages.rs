@@ -40,6 +40,8 @@ pub enum Word {
     Stop,
     /// The stop was given up: be the replica again.
     StopUndone,
+    /// The VM crashed too often on the node that says so, and comes over: do not hand it back for the same reason.
+    Crashes,
 }
 
 impl Word {
@@ -49,12 +51,13 @@ impl Word {
         match self {
             Self::Stop => 1,
             Self::StopUndone => 2,
+            Self::Crashes => 3,
         }
     }
     /// From its byte; unknown ones are ignored by the reader (a newer peer's).
     #[must_use]
     pub fn from_code(code: u8) -> Option<Self> {
-        [Self::Stop, Self::StopUndone].into_iter().find(|w| w.code() == code)
+        [Self::Stop, Self::StopUndone, Self::Crashes].into_iter().find(|w| w.code() == code)
     }
 }
 

@@ -4,6 +4,7 @@
 //! Invariants: calls never overtake each other (a pause would overtake a resume), but a kill overtakes all: it does not wait
 //! for a call that hangs with the VM's I/O, and what was queued before it is not called any more. An end that we ordered is
 //! told once, as `Off`; one that we did not, once, as `Ended`, and only if the VM is off indeed (events come late).
+use crate::host;
 use std::io::{self, ErrorKind};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -42,6 +43,8 @@ struct Shared {
     overtaken: AtomicU64,
     /// A VM is up whose end was not told yet.
     up: AtomicBool,
+    /// Whether the host is going down: then an end says nothing about the VM.
+    host_stops: fn() -> bool,
 }
 
 impl VmThread {
@@ -50,6 +53,15 @@ impl VmThread {
     /// # Errors
     /// No more threads.
     pub fn start(hypervisor: Arc<dyn Hypervisor>, definition: PathBuf, tell: Tell) -> io::Result<Self> {
+        Self::start_on(hypervisor, definition, tell, host::is_stopping)
+    }
+
+    fn start_on(
+        hypervisor: Arc<dyn Hypervisor>,
+        definition: PathBuf,
+        tell: Tell,
+        host_stops: fn() -> bool,
+    ) -> io::Result<Self> {
         let (jobs, queue) = channel();
         let shared = Arc::new(Shared {
             hypervisor,
@@ -57,6 +69,7 @@ impl VmThread {
             order: AtomicU64::new(0),
             overtaken: AtomicU64::new(0),
             up: AtomicBool::new(false),
+            host_stops,
         });
         let calls = shared.clone();
         thread("vm-calls", move || calls.call_all(&queue, &definition))?;
@@ -188,6 +201,8 @@ impl Shared {
         let off = matches!(self.hypervisor.state(), Ok(VmState::Off | VmState::Undefined));
         if off && self.up.swap(false, Ordering::SeqCst) {
             self.tell(VmNews::Ended(match how {
+                // libvirt-guests powers guests off, systemd ends their processes: no person's wish for this VM.
+                _ if (self.host_stops)() => CoreEnd::HostStops,
                 VmEnd::GuestShutdown => CoreEnd::GuestShutdown,
                 VmEnd::HostShutdown => CoreEnd::HostShutdown,
                 VmEnd::Destroyed => CoreEnd::Destroyed,
@@ -301,6 +316,18 @@ mod tests {
     }
 
     #[test]
+    fn an_end_on_a_host_that_goes_down_is_told_as_that() {
+        for how in [VmEnd::GuestShutdown, VmEnd::HostShutdown, VmEnd::Destroyed, VmEnd::Crashed] {
+            let mut vm = Bench::on(|| true);
+            vm.order(VmOrder::Start);
+            vm.expect(&VmNews::Running);
+            vm.catch_up(1);
+            vm.fake.end(how);
+            vm.expect(&VmNews::Ended(CoreEnd::HostStops));
+        }
+    }
+
+    #[test]
     fn a_call_that_fails_says_which_and_why() {
         let mut vm = Bench::new();
         vm.order(VmOrder::Start);
@@ -333,6 +360,9 @@ mod tests {
 
     impl Bench {
         fn new() -> Self {
+            Self::on(|| false)
+        }
+        fn on(host_stops: fn() -> bool) -> Self {
             let folder = tempfile::tempdir().unwrap();
             let definition = folder.path().join("domain.xml");
             std::fs::write(&definition, "<domain/>").unwrap();
@@ -340,7 +370,7 @@ mod tests {
             let (to, news) = channel();
             let to = Mutex::new(to);
             let tell: Tell = Arc::new(move |news| drop(to.lock().unwrap().send(news)));
-            let thread = VmThread::start(Arc::new(fake.clone()), definition, tell).unwrap();
+            let thread = VmThread::start_on(Arc::new(fake.clone()), definition, tell, host_stops).unwrap();
             let mut bench = Self { fake, thread, news, seen: Vec::new(), folder };
             bench.expect(&VmNews::Contact(true));
             bench
