@@ -196,7 +196,10 @@ impl Peer {
                 Some(tls) => match self.assembly.take(&mut tls.reader(), pool)? {
                     Taken::Starved if !self.unread.is_empty() => {
                         let mut bytes = &self.inbox[self.unread.clone()];
-                        tls.read_tls(&mut bytes)?;
+                        if tls.read_tls(&mut bytes)? == 0 {
+                            // TLS has said its last word, and these bytes came after it.
+                            return Err(io::Error::from(io::ErrorKind::UnexpectedEof).into());
+                        }
                         self.unread.start = self.unread.end - bytes.len();
                         tls.process_new_packets().map_err(io::Error::other)?;
                         continue;
@@ -283,4 +286,31 @@ fn set_up(socket: &OwnedFd) -> io::Result<()> {
     // Where the kernel was built without it the host's own is as good as any.
     let _ = socket.set_tcp_congestion(b"reno");
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::link::handshake::tests::linked;
+    use vmtwin_ring::Memory;
+
+    #[test]
+    fn bytes_after_the_last_word_of_tls_end_the_link() {
+        let (dialed, accepted) = linked((false, false));
+        let (dialed, now, pool) = (dialed.unwrap(), Time(1), Pool::new(1).unwrap());
+        let mut peer = Peer::new(accepted.unwrap(), now).unwrap();
+        let (mut bytes, mut tls) = (Vec::new(), dialed.tls.unwrap());
+        tls.send_close_notify();
+        tls.write_tls(&mut bytes).unwrap();
+        bytes.resize(bytes.len() + 20_000, 7); // more than TLS takes in at once
+        let done = Completion { token: 1, result: Ok(bytes.len() as u32), memory: Some(Memory::Bytes(bytes)) };
+        assert_eq!(peer.received(done, now), None);
+        let said = loop {
+            match peer.next(&pool) {
+                Ok(Taken::Frame(..)) => {}
+                other => break other,
+            }
+        };
+        assert!(matches!(said, Err(FrameError::Read(_))), "{said:?}");
+    }
 }
