@@ -57,7 +57,14 @@ impl MetaFolder {
     /// What the kernel says.
     pub fn open(path: &Path) -> Result<Self, MetaError> {
         let failed = |what, source| MetaError::Io { what, path: path.to_owned(), source };
-        std::fs::create_dir_all(path).map_err(|e| failed("make", e))?;
+        if !path.is_dir() {
+            std::fs::create_dir_all(path).map_err(|e| failed("make", e))?;
+            if let Some(parent) = path.parent().filter(|parent| !parent.as_os_str().is_empty()) {
+                File::open(parent)
+                    .and_then(|parent| parent.sync_all())
+                    .map_err(|e| failed("flush the folder of", e))?;
+            }
+        }
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let folder = rustix::fs::open(path, flags, Mode::empty()).map_err(|e| failed("open", e.into()))?;
         Ok(Self { folder: Arc::new(folder), path: path.to_owned() })

@@ -11,6 +11,9 @@ use vmtwin_core::ids::FileId;
 use vmtwin_core::limits::FILES_MAX;
 use vmtwin_core::namespace::{Attrs, FileName, Kind, NodeKind, Op, Owner, RenameMode, XattrMode};
 
+/// A file of this size is freed aside.
+const LARGE_BYTES: u64 = 64 << 20;
+
 impl Store {
     /// Carries out one operation.
     ///
@@ -234,9 +237,17 @@ impl Store {
         if !self.is_parked(id) {
             return Ok(());
         }
+        let (last, size) = (self.tree.open(id, OFlags::PATH)?, self.size(id)?);
         rustix::fs::unlinkat(&self.parked, parked_name(id), AtFlags::empty())?;
         self.close(id);
         self.tree.nodes.remove(&id);
+        self.unflushed.remove(&id);
+        self.changed.remove(&id);
+        if size >= LARGE_BYTES {
+            // To give back a large file's blocks takes its time, which requests and the lease have not got. Without a
+            // thread it is closed here.
+            let _ = std::thread::Builder::new().name("free".into()).spawn(move || drop(last));
+        }
         Ok(())
     }
 

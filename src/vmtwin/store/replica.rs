@@ -191,10 +191,11 @@ pub fn open_replica(directory: &Path, metadata: &Path, module: ModuleId, boot: B
     };
     let mut opened = Replica { store, meta, state, scanned, fresh };
     opened.judge(boot).map_err(|e| failed(directory, e.into()))?;
-    opened.meta.replace(STATE_FILE, &opened.state.encode())?;
     if fresh {
+        // First: an id without its metadata is made anew at the next start, metadata without its id is refused.
         write_id_file(&opened.store, directory, module, opened.state.replica)?;
     }
+    opened.meta.replace(STATE_FILE, &opened.state.encode())?;
     Ok(opened)
 }
 
