@@ -31,6 +31,16 @@ pub(super) struct Control {
     progress_at: Time,
 }
 
+impl Control {
+    /// The mount is gone and the clean mark is on its way: nothing may change a file any more.
+    fn is_draining(&self) -> bool {
+        matches!(self.ending, Some(Ending::Draining))
+    }
+    pub(super) fn is_ending(&self) -> bool {
+        self.ending.is_some()
+    }
+}
+
 enum Ending {
     Unmounting(mpsc::Receiver<Result<(), UnmountError>>, Time),
     Busy(Time, Time),
@@ -38,8 +48,9 @@ enum Ending {
 }
 
 impl Data {
+    /// Obeys orders in the order in which they were given: one that came after a record waits until that is in force.
     pub(super) fn take_orders(&mut self) {
-        loop {
+        while !self.saves.is_saving_record() {
             match self.orders.try_recv() {
                 Ok(order) => self.order_came(order),
                 Err(mpsc::TryRecvError::Empty) => return,
@@ -69,6 +80,7 @@ impl Data {
             }
             // The loop looks at the lease each time before it does anything.
             ToData::LeaseRenewed => {}
+            ToData::Link(_) | ToData::Undrain if self.control.is_draining() => {}
             ToData::Link(link) => self.link_came(link),
             ToData::Drain(token) => self.events.push_back(Event::Drain(token)),
             ToData::Undrain => self.events.push_back(Event::Undrain),
@@ -89,7 +101,16 @@ impl Data {
 
     pub(super) fn record_is_durable(&mut self, record: Record) {
         self.control.proposed = None;
+        if self.control.is_draining() {
+            return; // kept for the next start; nothing is served by it here
+        }
         let was_holder = self.core.role() == Role::Holder;
+        if was_holder && record.holder != self.state.replica {
+            // The VM is gone: its control plane told us of the record only then. Whoever else still waits for an answer
+            // would wait for ever.
+            self.events.push_back(Event::FailHeld);
+            self.step();
+        }
         let id = record.id;
         self.events.push_back(Event::Record(record));
         self.step();

@@ -26,9 +26,10 @@ const VALID: Duration = Duration::ZERO;
 /// A request of the mount that the ring has in hand, beside the core.
 #[derive(Debug)]
 pub(super) enum Step {
-    Read(Ticket, Reading),
+    /// So many bytes are in the slot already.
+    Read(Ticket, Reading, u32),
     /// A write to a file without a name: no replica will ever need it.
-    Write(Ticket, u32),
+    Write(Ticket),
     /// The same, a flush or a range.
     Done(Ticket),
 }
@@ -106,7 +107,14 @@ impl Data {
                 MountEvent::Request(request) => self.request(request),
                 MountEvent::Forget(_) => {}
                 MountEvent::Interrupt(id) => self.interrupted(id),
-                MountEvent::Empty | MountEvent::Ended => return,
+                MountEvent::Empty => return,
+                MountEvent::Ended => {
+                    // What is written to the directory from now on would be on this node only, unseen.
+                    if !self.control.is_ending() {
+                        self.fail("the mount over the module's directory was taken away".to_owned());
+                    }
+                    return;
+                }
                 MountEvent::NoSlot => {
                     self.guest.short_of_slots = true;
                     return;
@@ -285,9 +293,10 @@ impl Data {
         }
     }
 
-    /// A file without a name goes with its last handle.
+    /// A file without a name goes with its last handle, and when the peer knows that the name is gone.
     pub(super) fn forget_if_unused(&mut self, file: FileId) {
-        if self.store.is_parked(file) && !self.guest.opens.contains_key(&file) {
+        let wanted = self.guest.opens.contains_key(&file) || self.guest.names.concerns(file);
+        if self.store.is_parked(file) && !wanted {
             // What cannot be removed now is at the next start.
             let _ = self.store.forget(file);
         }
@@ -318,7 +327,7 @@ impl Data {
             return self.guest.held.push_back(Held::Read(ticket, reading));
         };
         let fd = local::descriptor(&files, offset, u64::from(size));
-        let token = self.token(Pending::Guest(Step::Read(ticket, reading)));
+        let token = self.token(Pending::Guest(Step::Read(ticket, reading, 0)));
         self.ring.read(&fd, slot, 0..size as usize, offset, token);
     }
 
@@ -328,46 +337,58 @@ impl Data {
             e => Err(Errno::from_raw_os_error(e)),
         };
         match (step, result) {
-            (Step::Read(ticket, reading), Ok(count)) => {
+            (Step::Read(ticket, reading, before), Ok(count)) => {
                 let slot = done.into_slot().expect("a read has a slot to itself");
-                self.read_done(ticket, reading, count, &slot);
+                self.read_done(ticket, reading, (before, count), slot);
             }
-            (Step::Read(ticket, reading), Err(e)) => {
-                self.events.push_back(Event::ReadFailed(local::errno(e)));
-                self.step();
-                match self.way() {
-                    Way::Held => self.guest.held.push_back(Held::Read(ticket, reading)),
-                    _ => self.refuse(ticket, e),
-                }
-            }
-            (Step::Write(ticket, size), Ok(_)) => self.answer(ticket, &Reply::Written(size)),
+            (Step::Read(ticket, reading, _), Err(e)) => self.read_failed(ticket, reading, e),
+            (Step::Write(ticket), Ok(count)) => self.answer(ticket, &Reply::Written(count)),
             (Step::Done(ticket), Ok(_)) => self.answer(ticket, &Reply::Done),
-            (Step::Write(ticket, _) | Step::Done(ticket), Err(e)) => self.refuse(ticket, e),
+            (Step::Write(ticket) | Step::Done(ticket), Err(e)) => self.refuse(ticket, e),
         }
     }
 
-    fn read_done(&mut self, ticket: Ticket, reading: Reading, count: u32, slot: &Slot) {
+    fn read_failed(&mut self, ticket: Ticket, reading: Reading, e: Errno) {
+        self.events.push_back(Event::ReadFailed(local::errno(e)));
+        self.step();
+        match self.way() {
+            Way::Held => self.guest.held.push_back(Held::Read(ticket, reading)),
+            _ => self.refuse(ticket, e),
+        }
+    }
+
+    fn read_done(&mut self, ticket: Ticket, reading: Reading, (before, count): (u32, u32), slot: Slot) {
         match self.way() {
             Way::Held => return self.guest.held.push_back(Held::Read(ticket, reading)),
             Way::Failing => return self.refuse(ticket, Errno::IO),
             Way::Holder | Way::Reader => {}
         }
-        // A short read in the middle of a file is read again as a whole: it raced with a change of the size.
-        let short = count < reading.size;
-        if short
-            && self.store.size(reading.file).is_ok_and(|size| reading.offset + u64::from(count) < size)
-            && count > 0
-        {
-            return self.read(ticket, reading);
+        let Reading { file, offset, size } = reading;
+        let got = before + count;
+        // Short, but not at the end of the file: the rest says why, be it a bad block.
+        if count > 0 && got < size && self.store.size(file).is_ok_and(|there| offset + u64::from(got) < there) {
+            match self.store.descriptors(file) {
+                Ok(files) => {
+                    let token = self.token(Pending::Guest(Step::Read(ticket, reading, got)));
+                    let rest = got as usize..size as usize;
+                    self.ring.read(&files.buffered, slot, rest, offset + u64::from(got), token);
+                }
+                Err(e) => self.refuse(ticket, e),
+            }
+            return;
         }
         self.figures.reads += 1;
-        self.figures.read_bytes += u64::from(count);
-        self.answer(ticket, &Reply::Data(&slot.payload()[..count as usize]));
+        self.figures.read_bytes += u64::from(got);
+        self.answer(ticket, &Reply::Data(&slot.payload()[..got as usize]));
     }
 
     // --- changes of data
 
     fn write(&mut self, ticket: Ticket, file: FileId, offset: u64, size: u32, slot: Slot) {
+        if self.way() == Way::Reader {
+            // Opened when this node was the holder.
+            return self.refuse(ticket, Errno::ROFS);
+        }
         if offset.saturating_add(u64::from(size)) > FILE_BYTES_MAX {
             return self.refuse(ticket, Errno::FBIG);
         }
@@ -382,7 +403,7 @@ impl Data {
         if self.store.is_parked(file) {
             let Ok(files) = self.store.descriptors(file) else { return self.refuse(ticket, Errno::STALE) };
             let fd = local::descriptor(&files, offset, u64::from(size));
-            let token = self.token(Pending::Guest(Step::Write(ticket, size)));
+            let token = self.token(Pending::Guest(Step::Write(ticket)));
             self.ring.write(&fd, slot, 0..size as usize, offset, token);
             return;
         }

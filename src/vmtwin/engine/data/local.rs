@@ -10,15 +10,18 @@ use vmtwin_core::ids::FileId;
 use vmtwin_core::limits::{BLOCK_BYTES, PAGE_BYTES, PAYLOAD_BYTES_MAX, RESYNC_DATA_RANGES_MAX};
 use vmtwin_core::namespace::{Kind, Op};
 use vmtwin_core::replica::effect::Work;
-use vmtwin_core::replica::event::{Errno, Event, Job, RangeKind, Value};
+use vmtwin_core::replica::event::{Errno, Event, Job, RangeKind, Value, is_disk_fault};
 use vmtwin_core::resync::Data as FileData;
 use vmtwin_core::wire::codec::Reader;
-use vmtwin_ring::{Completion, Descriptor, Slot};
+use vmtwin_ring::{Completion, Descriptor, Shared, Slot};
+
+/// Files of a flush of everything that are flushed at once.
+const FLUSHES_MAX: usize = 32;
 
 /// Step of a job that the ring has in hand.
 #[derive(Debug)]
 pub(super) enum Step {
-    Write { job: Job, file: FileId, offset: u64, done: usize, length: usize },
+    Write { job: Job, file: FileId, offset: u64, done: usize, length: usize, data: Shared },
     Range { job: Job, file: FileId },
     Flush { job: Job },
     FlushPart { job: Job },
@@ -36,10 +39,16 @@ pub(super) struct Hashing {
     hashes: Vec<[u8; 32]>,
 }
 
+/// A flush of everything: files that wait, how many are being flushed, the first error.
+struct Flushing {
+    files: Vec<FileId>,
+    running: usize,
+    result: Result<(), Errno>,
+}
+
 #[derive(Default)]
 pub(super) struct Local {
-    /// Flushes of everything: parts that have not ended, and the first error.
-    flushes: HashMap<Job, (usize, Result<(), Errno>)>,
+    flushes: HashMap<Job, Flushing>,
     /// Wait for a slot.
     starved: VecDeque<(Job, Work)>,
 }
@@ -47,6 +56,15 @@ pub(super) struct Local {
 /// An errno as the core has it.
 pub(super) fn errno(e: OsErrno) -> Errno {
     Errno(e.raw_os_error())
+}
+
+/// What a flush that did not take place means, whatever kept it from that: nobody may rely on what it was to make durable.
+fn unflushed(e: OsErrno) -> OsErrno {
+    if is_disk_fault(errno(e)) { e } else { OsErrno::IO }
+}
+
+fn flushed(result: Result<usize, Errno>) -> Result<(), Errno> {
+    result.map(drop).map_err(|e| if is_disk_fault(e) { e } else { Errno::EIO })
 }
 
 /// A fault of the disk in words.
@@ -63,11 +81,30 @@ pub(super) fn descriptor(of: &Descriptors, offset: u64, length: u64) -> Descript
 impl Data {
     /// Begins a job.
     pub(super) fn begin(&mut self, job: Job, work: Work) {
+        let at_once = matches!(work, Work::Namespace | Work::Data { .. } | Work::Tree);
+        self.begin_one(job, work);
+        if at_once {
+            self.look_at_lease_again();
+        }
+    }
+
+    fn begin_one(&mut self, job: Job, work: Work) {
         let begun = match work {
-            Work::Write { file, offset, length } => self.write_on(job, file, offset, 0, length as usize),
+            Work::Write { file, offset, length } => {
+                let Some(Payload::Slot(data)) = self.payloads.get(&job) else {
+                    unreachable!("a write's data is there when it begins")
+                };
+                let data = data.clone();
+                self.write_on(Step::Write { job, file, offset, done: 0, length: length as usize, data })
+            }
             Work::Range { file, kind, offset, length } => self.range(job, file, kind, offset, length),
-            Work::Flush { file: Some(file) } => self.flush_one(job, file),
-            Work::Flush { file: None } => self.flush_every(job),
+            Work::Flush { file: Some(file) } => self.flush_one(job, file).map_err(unflushed),
+            Work::Flush { file: None } => {
+                let files = self.store.take_unflushed().into_iter().collect();
+                self.local.flushes.insert(job, Flushing { files, running: 0, result: Ok(()) });
+                self.flush_more(job);
+                Ok(())
+            }
             Work::Namespace => {
                 let result = self.namespace(job);
                 return self.end_job(job, result.map(|()| Value::Nothing).map_err(errno));
@@ -93,15 +130,14 @@ impl Data {
         self.events.push_back(Event::Done { job, result });
     }
 
-    fn write_on(&mut self, job: Job, file: FileId, offset: u64, done: usize, length: usize) -> Result<(), OsErrno> {
-        let Some(Payload::Slot(data)) = self.payloads.get(&job) else {
-            unreachable!("a write's data is kept until the core releases it")
-        };
-        let data = data.clone();
+    /// A write, or what is left of one: it keeps its data until it has ended, whether the core still wants it or not.
+    fn write_on(&mut self, step: Step) -> Result<(), OsErrno> {
+        let Step::Write { file, offset, done, length, ref data, .. } = step else { unreachable!("only this writes") };
+        let (data, at) = (data.clone(), offset + done as u64);
         let files = self.store.descriptors(file)?;
-        let fd = descriptor(&files, offset + done as u64, (length - done) as u64);
-        let token = self.token(Pending::Local(Step::Write { job, file, offset, done, length }));
-        self.ring.write(&fd, data, done..length, offset + done as u64, token);
+        let fd = if done == 0 { descriptor(&files, at, length as u64) } else { files.buffered };
+        let token = self.token(Pending::Local(step));
+        self.ring.write(&fd, data, done..length, at, token);
         Ok(())
     }
 
@@ -143,25 +179,37 @@ impl Data {
         Ok(())
     }
 
-    fn flush_every(&mut self, job: Job) -> Result<(), OsErrno> {
-        let mut fds = Vec::new();
-        for id in self.store.take_unflushed() {
-            match self.store.kind(id) {
-                Ok(Kind::File) => fds.push(self.store.descriptors(id)?.buffered),
-                Ok(Kind::Directory) => fds.push(self.store.folder_descriptor(id)?),
-                Ok(_) | Err(_) => {} // durable with its folder, or gone
+    /// Goes on with a flush of everything: a few files at once, or a large folder would take all descriptors.
+    fn flush_more(&mut self, job: Job) {
+        loop {
+            let flushing = self.local.flushes.get_mut(&job).expect("it is under way");
+            if flushing.result.is_err() {
+                flushing.files.clear();
+            }
+            let next = if flushing.running < FLUSHES_MAX { flushing.files.pop() } else { None };
+            let Some(id) = next else {
+                if flushing.running == 0 {
+                    let result = flushing.result;
+                    self.local.flushes.remove(&job);
+                    self.end_job(job, result.map(|()| Value::Nothing));
+                }
+                return;
+            };
+            let fd = match self.store.kind(id) {
+                Ok(Kind::File) => self.store.descriptors(id).map(|files| files.buffered),
+                Ok(Kind::Directory) => self.store.folder_descriptor(id),
+                Ok(_) | Err(_) => continue, // durable with its folder, or gone
+            };
+            let flushing = self.local.flushes.get_mut(&job).expect("it is under way");
+            match fd {
+                Ok(fd) => {
+                    flushing.running += 1;
+                    let token = self.token(Pending::Local(Step::FlushPart { job }));
+                    self.ring.fsync(&fd, false, token);
+                }
+                Err(e) => flushing.result = Err(errno(unflushed(e))),
             }
         }
-        if fds.is_empty() {
-            self.end_job(job, Ok(Value::Nothing));
-            return Ok(());
-        }
-        self.local.flushes.insert(job, (fds.len(), Ok(())));
-        for fd in fds {
-            let token = self.token(Pending::Local(Step::FlushPart { job }));
-            self.ring.fsync(&fd, false, token);
-        }
-        Ok(())
     }
 
     /// Where a file has data, from a byte on and not beyond a length.
@@ -252,13 +300,14 @@ impl Data {
             e => Err(Errno(e)),
         };
         match step {
-            Step::Write { job, file, offset, done: before, length } => {
+            Step::Write { job, file, offset, done: before, length, data } => {
                 self.store.touch(file);
                 match result {
                     // A write that moves nothing would go round for ever.
                     Ok(0) => self.end_job(job, Err(Errno::EIO)),
                     Ok(count) if before + count < length => {
-                        let on = self.write_on(job, file, offset, before + count, length);
+                        let on = Step::Write { job, file, offset, done: before + count, length, data };
+                        let on = self.write_on(on);
                         self.end_if_failed(job, on);
                     }
                     other => self.end_job(job, other.map(|_| Value::Nothing)),
@@ -268,15 +317,12 @@ impl Data {
                 self.store.touch(file);
                 self.end_job(job, result.map(|_| Value::Nothing));
             }
-            Step::Flush { job } => self.end_job(job, result.map(|_| Value::Nothing)),
+            Step::Flush { job } => self.end_job(job, flushed(result).map(|()| Value::Nothing)),
             Step::FlushPart { job } => {
-                let (left, first) = self.local.flushes.get_mut(&job).expect("its parts are counted");
-                *left -= 1;
-                *first = first.and(result.map(|_| ()));
-                if *left == 0 {
-                    let (_, first) = self.local.flushes.remove(&job).expect("just seen");
-                    self.end_job(job, first.map(|()| Value::Nothing));
-                }
+                let flushing = self.local.flushes.get_mut(&job).expect("its parts are counted");
+                flushing.running -= 1;
+                flushing.result = flushing.result.and(flushed(result));
+                self.flush_more(job);
             }
             Step::Read { job, file, offset, done: before, length } => {
                 let slot = done.into_slot().expect("a read has a slot to itself");

@@ -114,7 +114,7 @@ impl DataThread {
         let (tell, told) = mpsc::sync_channel(1);
         let thread = std::thread::Builder::new()
             .name(format!("data-{}", settings.module))
-            .spawn(move || start::run(settings, &lease, orders, news_sender, &tell))
+            .spawn(move || start::run(settings, lease, orders, news_sender, &tell))
             .map_err(|e| format!("cannot start the data thread: {e}"))?;
         let waker = told.recv().map_err(|_| "the data thread ended at its start".to_owned())??;
         Ok(Self { orders: Orders { sender, waker }, news, thread })
@@ -170,6 +170,7 @@ struct Data {
     control: control::Control,
     figures: Figures,
     now: Time,
+    lease: Arc<Lease>,
     lease_open: bool,
     over: bool,
     _backing: Backing,
@@ -183,7 +184,7 @@ pub fn clock() -> Time {
 }
 
 impl Data {
-    fn run(&mut self, lease: &Lease) {
+    fn run(&mut self) {
         let mut done = Vec::new();
         let (mut tick, mut second) = (self.now, self.now);
         while !self.over {
@@ -192,9 +193,9 @@ impl Data {
                 self.links.values_mut().for_each(|link| link.forgive(now));
             }
             self.now = now;
-            self.look_at_lease(lease);
-            self.take_orders();
+            self.look_at_lease();
             self.take_saved();
+            self.take_orders();
             for completion in done.drain(..) {
                 self.completed(completion);
             }
@@ -206,6 +207,7 @@ impl Data {
             }
             self.step();
             self.serve_held();
+            self.feed_starved();
             self.step();
             self.use_links();
             self.look_at_end();
@@ -220,7 +222,7 @@ impl Data {
             if let Some(fuse) = &mut self.fuse {
                 fuse.arm(&mut self.ring, MOUNT_TOKEN);
             }
-            let until = if self.lease_open { tick.min(lease.until()) } else { tick };
+            let until = if self.lease_open { tick.min(self.lease.until()) } else { tick };
             if let Err(e) = self.ring.wait(Some(until.0), &mut done) {
                 self.fail(format!("io_uring does not work any more: {e}"));
             }
@@ -289,13 +291,26 @@ impl Data {
     }
 
     /// The gate's clock: looked at before anything else that a wake-up brought.
-    fn look_at_lease(&mut self, lease: &Lease) {
-        let open = self.now < lease.until();
+    fn look_at_lease(&mut self) {
+        let open = self.now < self.lease.until();
         if open != self.lease_open {
             self.lease_open = open;
             self.events.push_back(Event::Lease(open));
+            // The core knows before a completed read asks it whether it may be answered.
+            self.step();
             if self.core.role() == Role::Holder {
                 self.tell(FromData::Held(!open));
+            }
+        }
+    }
+
+    /// After a call that may have taken long: the lease may be over before anything that waits is answered.
+    fn look_at_lease_again(&mut self) {
+        if self.lease_open && clock() >= self.lease.until() {
+            self.lease_open = false;
+            self.events.push_front(Event::Lease(false));
+            if self.core.role() == Role::Holder {
+                self.tell(FromData::Held(true));
             }
         }
     }

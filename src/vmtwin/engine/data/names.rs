@@ -128,9 +128,7 @@ impl Data {
     /// An operation of either node on this node's tree.
     pub(super) fn apply(&mut self, op: &Op) -> Result<(), Errno> {
         self.store.apply(op)?;
-        if !self.guest.names.concerns(op.unlinks().unwrap_or(FileId(0)))
-            && let Some(file) = op.unlinks()
-        {
+        if let Some(file) = op.unlinks() {
             self.forget_if_unused(file);
         }
         Ok(())

@@ -170,6 +170,9 @@ impl Data {
 
     fn frame_came(&mut self, header: Header, body: Body) {
         let job = Job::Peer(header.session, header.sequence);
+        if self.payloads.contains_key(&job) && matches!(header.kind, Kind::Write | Kind::Namespace) {
+            return self.cut("the peer repeats the number of a request in hand");
+        }
         let bytes = match body {
             Body::Slot(slot) => {
                 self.payloads.insert(job, Payload::Slot(slot));
@@ -206,7 +209,6 @@ impl Data {
         for id in ids {
             self.use_link(id);
         }
-        self.feed_starved();
     }
 
     fn use_link(&mut self, id: u64) {

@@ -43,6 +43,8 @@ pub(super) enum Saved {
 pub(super) struct Saves {
     orders: mpsc::Sender<Save>,
     done: mpsc::Receiver<Result<Saved, String>>,
+    /// Records that are on their way to the state file.
+    records: usize,
     log: VecDeque<(u64, u64, Vec<u8>)>,
     log_busy: bool,
 }
@@ -60,7 +62,11 @@ impl Saves {
                 waker.wake();
             }
         })?;
-        Ok(Self { orders, done, log: VecDeque::new(), log_busy: false })
+        Ok(Self { orders, done, records: 0, log: VecDeque::new(), log_busy: false })
+    }
+
+    pub fn is_saving_record(&self) -> bool {
+        self.records > 0
     }
 }
 
@@ -90,6 +96,7 @@ impl Data {
     /// A record that is known: first durable, then told to the core.
     pub(super) fn save_record(&mut self, record: Record) {
         self.state.record = Some(record.clone());
+        self.saves.records += 1;
         self.save_state(Saved::Record(Box::new(record)));
     }
 
@@ -131,7 +138,10 @@ impl Data {
     pub(super) fn take_saved(&mut self) {
         while let Ok(saved) = self.saves.done.try_recv() {
             match saved {
-                Ok(Saved::Record(record)) => self.record_is_durable(*record),
+                Ok(Saved::Record(record)) => {
+                    self.saves.records -= 1;
+                    self.record_is_durable(*record);
+                }
                 Ok(Saved::Marks) => self.events.push_back(Event::MarksSaved),
                 Ok(Saved::Nothing) => {}
                 Ok(Saved::Map(version)) => self.events.push_back(Event::MapSaved { version }),

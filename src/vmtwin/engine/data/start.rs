@@ -4,11 +4,11 @@ use super::{Data, SLOTS, Settings, clock, control, guest, local, peer, sentence}
 use crate::engine::messages::{Figures, FromData, Lease, Opened, ToData};
 use crate::store::metafiles::{MetaError, MetaFolder};
 use crate::store::mounts::Backing;
-use crate::store::replica::{self, Replica as OnDisk};
+use crate::store::replica::{self, Replica as OnDisk, State};
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::os::fd::OwnedFd;
 use std::rc::Rc;
-use std::sync::mpsc;
+use std::sync::{Arc, mpsc};
 use std::time::Duration;
 use tokio::sync::mpsc::UnboundedSender;
 use vmtwin_core::format::Owner;
@@ -31,7 +31,7 @@ pub(super) const MAP_FILE: &str = "map";
 /// Body of the thread.
 pub(super) fn run(
     settings: Settings,
-    lease: &Lease,
+    lease: Arc<Lease>,
     orders: mpsc::Receiver<ToData>,
     news: UnboundedSender<FromData>,
     ready: &mpsc::SyncSender<Result<Waker, String>>,
@@ -41,8 +41,8 @@ pub(super) fn run(
         Err(e) => return drop(ready.send(Err(sentence(&e)))),
     };
     let _ = ready.send(Ok(ring.waker()));
-    match open(settings, ring, orders, news.clone()) {
-        Ok(mut data) => data.run(lease),
+    match open(settings, ring, lease, orders, news.clone()) {
+        Ok(mut data) => data.run(),
         Err(why) => drop(news.send(FromData::Failed(why))),
     }
 }
@@ -50,6 +50,7 @@ pub(super) fn run(
 fn open(
     settings: Settings,
     mut ring: Ring,
+    lease: Arc<Lease>,
     orders: mpsc::Receiver<ToData>,
     news: UnboundedSender<FromData>,
 ) -> Result<Data, String> {
@@ -62,13 +63,13 @@ fn open(
     let opened = replica::open_replica(&settings.directory, &settings.metadata, settings.id, settings.boot);
     let OnDisk { store, meta, mut state, fresh, .. } = opened.map_err(|e| text(&e))?;
     let owner = Owner { module: settings.id, replica: state.replica };
-    let found = if fresh { None } else { read_metadata(&meta, owner, &mut state.marks.suspect_all)? };
+    let found = if fresh { None } else { read_metadata(&meta, owner, &mut state)? };
+    // Found again at the next start, whatever happens until then: before the log that could not be read is replaced.
+    state.save(&meta).map_err(|e| text(&e))?;
     let (log, map, sequence) = match found {
         Some(found) => found,
         None => (create_log(&meta, owner).map_err(|e| text(&e))?, DirtyMap::default(), 0),
     };
-    // Found again at the next start, whatever happens until then.
-    state.save(&meta).map_err(|e| text(&e))?;
     let log_file: OwnedFd = meta.in_place(LOG_FILE).map_err(|e| text(&e))?;
     let config = Config {
         module: settings.id,
@@ -111,6 +112,7 @@ fn open(
         control: control::Control::default(),
         figures: Figures::default(),
         now: clock(),
+        lease,
         lease_open: false,
         over: false,
         _backing: backing,
@@ -129,18 +131,19 @@ fn open(
 fn read_metadata(
     meta: &MetaFolder,
     owner: Owner,
-    suspect_all: &mut bool,
+    state: &mut State,
 ) -> Result<Option<(ActivityLog, DirtyMap, u64)>, String> {
     let read = |name| meta.read(name).map_err(|e| sentence(&e));
     let (log, map) = (read(LOG_FILE)?, read(MAP_FILE)?);
     let Some(log) = log.filter(|bytes| !bytes.is_empty()) else {
-        *suspect_all |= map.is_some();
+        // It is there before the first record is.
+        state.marks.suspect_all |= map.is_some() || state.record.is_some();
         return Ok(None);
     };
     let log = match ActivityLog::load(owner, &log) {
         Ok(log) => log,
         Err(_) => {
-            *suspect_all = true;
+            state.marks.suspect_all = true;
             return Ok(None);
         }
     };
@@ -148,7 +151,7 @@ fn read_metadata(
         None => (0, DirtyMap::default()),
         Some(Ok(found)) => found,
         Some(Err(_)) => {
-            *suspect_all = true;
+            state.marks.suspect_all = true;
             (0, DirtyMap::default())
         }
     };

@@ -153,6 +153,82 @@ fn held_requests_fail_when_the_vm_is_being_killed() {
 }
 
 #[test]
+fn who_writes_to_a_node_that_is_no_holder_any_more_is_answered() {
+    let (mut node, record) = alone();
+    let file = std::sync::Arc::new(File::create(node.path("a")).unwrap());
+    node.lease_for(Duration::ZERO);
+    node.wait("hold", |news| (*news == FromData::Held(true)).then_some(()));
+    let writers = [0, 1].map(|n| {
+        let (file, path) = (file.clone(), node.path(&format!("new{n}")));
+        (std::thread::spawn(move || file.write_all_at(b"held", n)), std::thread::spawn(move || fs::create_dir(path)))
+    });
+    std::thread::sleep(Duration::from_millis(100));
+    let other = record.next(RecordId(2), vmtwin_core::ids::ReplicaId(99), vec![vmtwin_core::ids::ReplicaId(99)]);
+    node.order(ToData::Record(other));
+    node.wait("the record", |news| (*news == FromData::InForce(RecordId(2))).then_some(()));
+    eventually("all were answered", || writers.iter().all(|(a, b)| a.is_finished() && b.is_finished()));
+    for (write, make) in writers {
+        assert!(write.join().unwrap().is_err() && make.join().unwrap().is_err());
+    }
+    let late = file.write_all_at(b"late", 0).unwrap_err();
+    assert_eq!(late.kind(), ErrorKind::ReadOnlyFilesystem);
+    drop(file);
+    node.stop();
+}
+
+#[test]
+fn an_order_that_was_given_after_a_record_is_obeyed_after_it() {
+    let (mut node, record) = alone();
+    let file = File::create(node.path("a")).unwrap();
+    let next = record.next(RecordId(2), node.me, vec![node.me]);
+    node.order(ToData::Record(next));
+    // The VM is being killed, under the new record: that must not end with the record.
+    node.order(ToData::FailHeld);
+    node.wait("the record", |news| (*news == FromData::InForce(RecordId(2))).then_some(()));
+    eventually("what the VM still asks for fails", || file.write_all_at(b"x", 0).is_err());
+    assert!(file.write_all_at(b"x", 0).is_err());
+    node.order(ToData::Undrain);
+    drop(file);
+    node.stop();
+}
+
+#[test]
+fn a_data_thread_whose_mount_was_taken_away_ends() {
+    let (mut node, _) = alone();
+    vmtwin_frontend::fuse::detach(&node.directory()).unwrap();
+    let why = node.wait("failure", |news| match news {
+        FromData::Failed(why) => Some(why.clone()),
+        _ => None,
+    });
+    assert!(why.contains("taken away"), "{why}");
+}
+
+#[test]
+fn a_flush_of_everything_goes_through_a_large_folder() {
+    let (mut node, _) = alone();
+    for n in 0..150 {
+        fs::write(node.path(&format!("file{n}")), [7]).unwrap();
+    }
+    node.order(ToData::Quiesce(5));
+    node.wait("quiesced", |news| matches!(news, FromData::Quiesced { token: 5, .. }).then_some(()));
+    node.order(ToData::Unquiesce);
+    fs::write(node.path("after"), [7]).unwrap();
+    node.stop();
+}
+
+#[test]
+fn a_replica_whose_log_is_lost_suspects_all() {
+    let (mut node, _) = alone();
+    node.stop();
+    fs::remove_file(node.metadata().join("log")).unwrap();
+    let _ = fs::remove_file(node.metadata().join("map"));
+    assert!(node.start().suspect_all);
+    node.stop();
+    assert!(node.start().suspect_all, "until it was made equal");
+    node.stop();
+}
+
+#[test]
 fn a_killed_holder_leaves_a_mount_that_its_successor_takes_away_and_files_that_it_finds() {
     let (mut node, record) = alone();
     let mut file = File::create(node.path("disk")).unwrap();
