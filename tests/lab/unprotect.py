@@ -12,6 +12,7 @@ def promise(t):
     h1.vmtwin('unprotect', 'db', '--restore-layout')
     listing = h1.sh('ls -A /var/lib/libvirt/images').stdout.split()
     check('db-a.qcow2' in listing and 'db-b.raw' in listing, f'the disks are not back where they were: {listing}')
+    check('db' not in listing, f'the directory is left behind: {listing}')
     check('db' not in h2.virsh('list', '--all', '--name').stdout.split(), 'the peer still has the VM defined')
     kept = [n for n in h2.sh('ls -A /var/lib/libvirt/images').stdout.split() if n.startswith('db') and 'unprotected' in n]
     check(len(kept) == 1, f"the peer's copy was not kept aside: {h2.sh('ls -A /var/lib/libvirt/images').stdout}")

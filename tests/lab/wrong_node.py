@@ -4,6 +4,8 @@
 def promise(t):
     cluster, guest = t.protected()
     h1, h2 = cluster.h1, cluster.h2
+    # The replicated definition is there for everybody to see and to define.
+    h2.virsh('define', '/var/lib/libvirt/images/db/.vmtwin/domain.xml')
     refused = h2.virsh('start', 'db', check=False)
     check(refused.returncode != 0, 'virsh start went through on the second node')
     check('vmtwin' in refused.stderr, f'the refusal does not say what to do: {refused.stderr}')

@@ -137,9 +137,7 @@ class Guest:
         images = host.path('/var/lib/libvirt/images')
         image, modules = kernel(cache)
         shutil.copy2(image, f'{images}/{self.name}-vmlinuz')
-        ram = f'{cache}/initramfs.gz'
-        initramfs(f'{host.dir}/initramfs.gz', modules)
-        os.replace(f'{host.dir}/initramfs.gz', f'{images}/{self.name}-initrd.gz')
+        initramfs(f'{images}/{self.name}-initrd.gz', modules)
         for disk in 'ab':
             raw = f'{images}/{self.name}-{disk}.raw'
             with open(raw, 'wb') as f:
@@ -150,7 +148,6 @@ class Guest:
         xml = self.xml()
         write(host.path('/srv/') + f'{self.name}.xml', xml)
         host.virsh('define', f'/srv/{self.name}.xml')
-        del ram
 
     def xml(self):
         base = f'/var/lib/libvirt/images/{self.name}'

@@ -52,6 +52,9 @@ pub fn commit(paths: &Paths, module: &ModuleName) -> Result<(), ProtectError> {
             return Err(io::Error::other(early)).during("commit", &journal::path(paths, module));
         }
         if pending.plan.kind == Kind::Unprotect {
+            for copy in &pending.plan.spare {
+                files::remove(copy)?;
+            }
             restore::remove_marks(&pending.plan.dir)?;
             if !pending.plan.files.is_empty() {
                 remove_folder(&pending.plan.dir)?;

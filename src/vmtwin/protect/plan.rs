@@ -60,6 +60,9 @@ pub struct Plan {
     pub copy_bytes: u64,
     /// Bytes on disk of all that is gathered: what the peer needs.
     pub bytes: u64,
+    /// Copies that nothing names afterwards, as their originals are used again; they go at the end.
+    #[serde(default)]
+    pub spare: Vec<PathBuf>,
 }
 
 /// One file that goes to another name.
@@ -239,6 +242,7 @@ impl Planner<'_> {
             notes: Vec::new(),
             copy_bytes: 0,
             bytes: 0,
+            spare: Vec::new(),
         };
         for disk in &domain.disks {
             if let Some(file) = self.refuse_disk(disk) {

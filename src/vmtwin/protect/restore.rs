@@ -131,6 +131,7 @@ pub fn plan_restore(
         notes: Vec::new(),
         copy_bytes: 0,
         bytes: 0,
+        spare: Vec::new(),
     };
     if layout {
         back_to_origin(&origin, images, &mut plan, &mut no)?;
@@ -156,6 +157,7 @@ fn back_to_origin(
             // The original stayed where it was; on the other node, or after an upgrade, it is another one.
             if old.is_file() && now.is_file() && files::same_content(old, now, &mut |_| {})? {
                 leaves.insert(to.clone(), from.clone());
+                plan.spare.push(now.to_owned());
             } else {
                 plan.notes.push(format!("{from} is not what it was: {to} stays in use"));
             }
