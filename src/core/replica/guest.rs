@@ -2,7 +2,7 @@
 //!
 //! Own flushes of the machine (room in the log, quiesce, join) go the same way.
 use super::effect::{Effect, Payload, Work};
-use super::event::{Errno, Job, Request, Value, is_disk_fault};
+use super::event::{Errno, Job, RangeKind, Request, Value, is_disk_fault};
 use super::log::Admit;
 use super::map::Mark;
 use super::overlap::{Claim, Who};
@@ -269,9 +269,12 @@ impl Replica {
     pub(super) fn op_done(&mut self, job: Job, result: Result<Value, Errno>, out: &mut Vec<Effect>) {
         let Some(op) = self.ops.get_mut(&job) else { return };
         let result = result.map(|_| ());
+        // A full disk may refuse what runs here first and asks for room: nothing was changed anywhere.
+        let asks_room =
+            matches!(op.request, Request::Namespace { .. } | Request::Range { kind: RangeKind::Allocate { .. }, .. });
         if let Err(errno) = result
             && is_disk_fault(errno)
-            && !(matches!(op.request, Request::Namespace { .. }) && errno == Errno::ENOSPC)
+            && !(asks_room && errno == Errno::ENOSPC)
         {
             return self.disk_failed(errno, out);
         }

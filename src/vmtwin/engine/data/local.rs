@@ -21,12 +21,39 @@ const FLUSHES_MAX: usize = 32;
 /// Step of a job that the ring has in hand.
 #[derive(Debug)]
 pub(super) enum Step {
-    Write { job: Job, file: FileId, offset: u64, done: usize, length: usize, data: Shared },
-    Range { job: Job, file: FileId },
-    Flush { job: Job },
-    FlushPart { job: Job },
-    Read { job: Job, file: FileId, offset: u64, done: usize, length: usize },
-    Hash { job: Job, hash: Hashing, done: usize, length: usize },
+    Write {
+        job: Job,
+        file: FileId,
+        offset: u64,
+        done: usize,
+        length: usize,
+        data: Shared,
+    },
+    /// `size`: what it was before, where it may grow.
+    Range {
+        job: Job,
+        file: FileId,
+        size: Option<u64>,
+    },
+    Flush {
+        job: Job,
+    },
+    FlushPart {
+        job: Job,
+    },
+    Read {
+        job: Job,
+        file: FileId,
+        offset: u64,
+        done: usize,
+        length: usize,
+    },
+    Hash {
+        job: Job,
+        hash: Hashing,
+        done: usize,
+        length: usize,
+    },
 }
 
 /// A range that is hashed, a slot's worth at a time.
@@ -152,7 +179,8 @@ impl Data {
             RangeKind::Allocate { keep_size } => keep(keep_size),
         };
         let fd = self.store.descriptors(file)?.buffered;
-        let token = self.token(Pending::Local(Step::Range { job, file }));
+        let size = if mode & KEEP_SIZE == 0 { Some(self.store.size(file)?) } else { None };
+        let token = self.token(Pending::Local(Step::Range { job, file, size }));
         self.ring.fallocate(&fd, mode, offset, length, token);
         Ok(())
     }
@@ -313,8 +341,13 @@ impl Data {
                     other => self.end_job(job, other.map(|_| Value::Nothing)),
                 }
             }
-            Step::Range { job, file } => {
+            Step::Range { job, file, size } => {
                 self.store.touch(file);
+                let result = match (result, size) {
+                    // A file system that runs out of room half way may have grown the file so far.
+                    (Err(e), Some(size)) => Err(self.store.truncate(file, size).map_or_else(errno, |()| e)),
+                    (result, _) => result,
+                };
                 self.end_job(job, result.map(|_| Value::Nothing));
             }
             Step::Flush { job } => self.end_job(job, flushed(result).map(|()| Value::Nothing)),

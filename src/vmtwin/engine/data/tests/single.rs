@@ -216,6 +216,41 @@ fn a_flush_of_everything_goes_through_a_large_folder() {
     node.stop();
 }
 
+/// A small file system; gone with this value.
+struct Small(std::path::PathBuf);
+impl Small {
+    fn mounted_on(path: &std::path::Path) -> Self {
+        rustix::mount::mount("none", path, "tmpfs", rustix::mount::MountFlags::empty(), c"size=8m").unwrap();
+        Self(path.to_owned())
+    }
+}
+impl Drop for Small {
+    fn drop(&mut self) {
+        rustix::mount::unmount(&self.0, rustix::mount::UnmountFlags::DETACH).unwrap();
+    }
+}
+
+#[test]
+fn room_that_is_not_there_is_refused_and_no_fault_of_the_disk() {
+    let mut node = Node::new("a");
+    fs::create_dir(node.directory()).unwrap();
+    let _small = Small::mounted_on(&node.directory());
+    crate::store::create_replica(&node.directory(), &node.metadata(), vmtwin_core::ids::ModuleId(7)).unwrap();
+    node.start();
+    let record = first_record(node.me);
+    node.hold(&record);
+    let file = File::create(node.path("disk")).unwrap();
+    file.write_all_at(b"content", 0).unwrap();
+    for keep_size in [rustix::fs::FallocateFlags::empty(), rustix::fs::FallocateFlags::KEEP_SIZE] {
+        let refused = rustix::fs::fallocate(&file, keep_size, 0, 1 << 30).unwrap_err();
+        assert_eq!(refused, rustix::io::Errno::NOSPC);
+        assert_eq!(file.metadata().unwrap().len(), 7);
+    }
+    file.write_all_at(b"it goes on", 0).unwrap();
+    drop(file);
+    node.stop();
+}
+
 #[test]
 fn a_replica_whose_log_is_lost_suspects_all() {
     let (mut node, _) = alone();
