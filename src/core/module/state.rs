@@ -15,6 +15,9 @@ pub const CRASHES_THERE_SPAN: Duration = Duration::from_secs(1200);
 /// A VM that is being shut down when the lease ends gets this much longer: nobody takes over before, and a power cut costs
 /// its guest more than a pause would.
 pub const STOP_WITHOUT_LEASE: Duration = millis((TAKEOVER_MS - LEASE_MS) / 2);
+/// A call that shuts a VM down destroys it when its limit is over. One that is not back this much later hangs, as with I/O
+/// that a disk does not answer: the VM is killed past it.
+pub const SHUTDOWN_SPARE: Duration = Duration::from_secs(15);
 /// A call to the hypervisor that failed, and a proposal that did not land, are tried again after this long.
 pub const RETRY: Duration = Duration::from_secs(2);
 /// A takeover that did not land is tried again after this long.
@@ -158,6 +161,8 @@ pub struct Machine {
     pub(super) peer_down: String,
     pub(super) resync: Option<Progress>,
     pub(super) vm: Vm,
+    /// When a VM that is being stopped is killed.
+    pub(super) shutdown_until: Time,
     /// The VM is paused by us, for the lease.
     pub(super) paused_by_us: bool,
     pub(super) contact: bool,
@@ -205,6 +210,7 @@ impl Machine {
             peer_down: "no link yet".to_owned(),
             resync: None,
             vm: Vm::Off,
+            shutdown_until: Time(0),
             paused_by_us: false,
             contact: true,
             vm_trouble: None,
@@ -295,7 +301,7 @@ impl Machine {
         };
         let lease = match self.vm {
             Vm::Starting | Vm::Running if self.phase == Phase::Holding && !self.paused_by_us => Some(self.lease_until),
-            Vm::Stopping if self.holds() => Some(self.lease_until + STOP_WITHOUT_LEASE),
+            Vm::Stopping if self.holds() => Some(self.kill_at()),
             _ => None,
         };
         let stop = self.stopping_until.filter(|_| matches!(self.phase, Phase::Waiting | Phase::Following));
@@ -307,6 +313,11 @@ impl Machine {
 
     pub(super) fn lease_is_live(&self, now: Time) -> bool {
         now < self.lease_until
+    }
+
+    /// When a VM that is powering off has to be gone.
+    pub(super) fn kill_at(&self) -> Time {
+        self.shutdown_until.min(self.lease_until + STOP_WITHOUT_LEASE)
     }
 
     pub(super) fn vm_is_up(&self) -> bool {

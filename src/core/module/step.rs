@@ -5,11 +5,12 @@ use super::event::{
 };
 use super::state::{
     CRASH_SPAN, CRASHES_MAX, CRASHES_THERE_SPAN, Cause, END_LIMIT, EXIT_FAILED, EXIT_STOPPED, EXIT_TERMINATED, Goal,
-    HAND_OVER_LIMIT, LeaveStep, Machine, Phase, QUIESCE_LIMIT, RETRY, RETRY_TAKEOVER, STOP_SPARE, STOP_WITHOUT_LEASE,
+    HAND_OVER_LIMIT, LeaveStep, Machine, Phase, QUIESCE_LIMIT, RETRY, RETRY_TAKEOVER, SHUTDOWN_SPARE, STOP_SPARE,
     TERMINATE_LIMIT, Vm, failed, forbidden,
 };
 use crate::record::Record;
 use crate::time::Time;
+use std::time::Duration;
 
 type Effects = Vec<Effect>;
 
@@ -95,9 +96,9 @@ impl Machine {
                 note(effects, Level::Info, "lease-back", text);
             }
             // It cannot power off with its I/O held, and a pause would wait behind the call that stops it.
-            (Phase::Holding | Phase::Leaving { .. }, Vm::Stopping) if self.lease_until + STOP_WITHOUT_LEASE <= now => {
-                let text = "the lease ended while the guest was powering off: its VM is killed";
-                note(effects, Level::Warn, "lease-ended", text);
+            (Phase::Holding | Phase::Leaving { .. }, Vm::Stopping) if self.kill_at() <= now => {
+                let why = if live { "it does not end" } else { "the lease ended while the guest was powering off" };
+                note(effects, Level::Error, "vm-killed", format!("{why}: the VM is killed"));
                 self.kill(effects);
             }
             _ => {}
@@ -603,12 +604,15 @@ impl Machine {
             Vm::Off => self.vm_is_down(now, effects),
             // A guest whose I/O is held cannot power off.
             _ if self.paused_by_us => self.kill(effects),
-            Vm::Starting | Vm::Running | Vm::Paused { .. } => {
-                self.vm = Vm::Stopping;
-                effects.push(Effect::Vm(VmOrder::Shutdown(limit)));
-            }
+            Vm::Starting | Vm::Running | Vm::Paused { .. } => self.shut_down(now, limit, effects),
             Vm::Stopping | Vm::Killing => {}
         }
+    }
+
+    fn shut_down(&mut self, now: Time, limit: Duration, effects: &mut Effects) {
+        self.vm = Vm::Stopping;
+        self.shutdown_until = now + limit + SHUTDOWN_SPARE;
+        effects.push(Effect::Vm(VmOrder::Shutdown(limit)));
     }
 
     /// A swap that cannot go on before its release: this node stays the holder and starts the VM again.
@@ -683,7 +687,7 @@ impl Machine {
             Command::Start => self.command_start(),
             Command::Stop { both } => self.command_stop(now, both, effects),
             Command::Swap => self.command_swap(now, effects),
-            Command::Restart => self.command_restart(effects),
+            Command::Restart => self.command_restart(now, effects),
             Command::Prim => self.command_prim(),
             Command::Second => match self.phase {
                 Phase::Following | Phase::Waiting => Ok(true),
@@ -739,6 +743,19 @@ impl Machine {
                 self.leave(now, Goal::SwapThenStop, effects);
                 Ok(false)
             }
+            // The other node is told as well and takes nothing over: the swap could only fail.
+            Phase::Leaving { goal: Goal::Swap | Goal::SwapThenStop, step } if both => {
+                self.answer_all(&Err(failed("the module stops on both nodes instead".to_owned())), effects);
+                effects.push(Effect::Data(DataOrder::Tell(Word::Stop)));
+                match step {
+                    LeaveStep::VmDown | LeaveStep::Quiescing { .. } => {
+                        self.phase = Phase::Leaving { goal: Goal::Stop, step };
+                    }
+                    // Flushed on both and released.
+                    LeaveStep::Releasing { .. } => self.end(now, EXIT_STOPPED, effects),
+                }
+                Ok(false)
+            }
             Phase::Leaving { goal: Goal::Stop, .. } | Phase::Ending { .. } => Ok(false),
             Phase::Leaving { .. } | Phase::Deposed => Err(self.busy()),
             // The holder is told as well: it goes first, so that both disks end equal and in sync.
@@ -771,13 +788,12 @@ impl Machine {
         }
     }
 
-    fn command_restart(&mut self, effects: &mut Effects) -> Result<bool, Refusal> {
+    fn command_restart(&mut self, now: Time, effects: &mut Effects) -> Result<bool, Refusal> {
         match (&self.phase, self.vm) {
             (Phase::Holding, _) if self.restarting || self.paused_by_us => Err(self.busy()),
             (Phase::Holding, Vm::Running | Vm::Paused { .. }) => {
                 self.restarting = true;
-                self.vm = Vm::Stopping;
-                effects.push(Effect::Vm(VmOrder::Shutdown(self.settings.stop_limit)));
+                self.shut_down(now, self.settings.stop_limit, effects);
                 Ok(false)
             }
             (Phase::Holding, _) => {

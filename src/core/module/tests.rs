@@ -512,6 +512,36 @@ fn stop_of_a_vm_whose_io_is_held_does_not_wait_for_its_guest() {
 }
 
 #[test]
+fn stop_overtakes_a_swap_that_is_under_way() {
+    let mut node = Node::prim();
+    node.command(Command::Swap);
+    let effects = node.command(Command::Stop { both: true });
+    assert!(matches!(effects[..], [Effect::Answer(1, Err(_)), Effect::Data(DataOrder::Tell(Word::Stop))]));
+    let token = quiesce(&node.tell(off())).unwrap();
+    let effects = node.tell(Event::Quiesced { token, both: true });
+    assert!(effects.contains(&Effect::Arbiter(Ask::Release { to: None })));
+    assert_eq!(node.tell(Event::Ended(Ok(()))).last(), Some(&Effect::Exit(0)));
+
+    let mut node = Node::prim();
+    node.command(Command::Swap);
+    let token = quiesce(&node.tell(off())).unwrap();
+    node.tell(Event::Quiesced { token, both: true });
+    assert!(data_orders(&node.command(Command::Stop { both: true })).contains(&DataOrder::End));
+    assert_eq!(node.answers(&Event::Ended(Ok(()))), [Ok(())]);
+}
+
+#[test]
+fn a_vm_that_cannot_be_shut_down_is_killed_past_the_call_that_hangs() {
+    for command in [Command::Swap, Command::Restart] {
+        let mut node = Node::prim();
+        node.lease_for(Duration::from_secs(3600));
+        node.command(command);
+        assert_eq!(vm_orders(&node.pass(STOP_LIMIT)), [], "the call itself destroys it now");
+        assert_eq!(vm_orders(&node.pass(Duration::from_secs(15))), [VmOrder::Kill], "{command:?}");
+    }
+}
+
+#[test]
 fn stop_is_never_a_failover_on_the_node_that_follows() {
     let mut node = Node::second();
     assert_eq!(node.command(Command::Stop { both: true }), [], "the holder goes first");
