@@ -84,6 +84,10 @@ pub const RESYNC_DATA_RANGES_MAX: usize = 256;
 pub const RESYNC_FLUSH_BYTES: u64 = 256 << 20;
 /// Plans for the target's tree in one pass: the second mends what its file system added to the first.
 pub const RESYNC_TREE_ROUNDS_MAX: u32 = 4;
+/// Ranges of a verification in flight.
+pub const VERIFY_RANGES_MAX: usize = 2;
+/// Differences that a verification names; more are counted.
+pub const VERIFY_LISTED_MAX: usize = 64;
 /// A longer range is not marked page by page, but compared from its beginning on, in bytes: 16,384 runs of a bitmap.
 pub const MARK_BYTES_MAX: u64 = 4 << 40;
 /// Bytes of one bitmap as it is stored: half of the pages of 16 TiB, none beside another, need less.
@@ -99,3 +103,4 @@ const _: () = assert!(
 const _: () = assert!(RESYNC_DATA_BYTES <= MARK_BYTES_MAX, "what is found of a whole file is marked by pages");
 const _: () = assert!(RESYNC_BATCH_BYTES / PAGE_BYTES * 32 <= PAYLOAD_BYTES_MAX as u64, "hashes fit a frame");
 const _: () = assert!(RESYNC_COPY_BYTES <= PAYLOAD_BYTES_MAX as u64, "a copy fits a frame");
+const _: () = assert!(RESYNC_COPY_BYTES.is_multiple_of(BLOCK_BYTES), "a verification looks at whole blocks");

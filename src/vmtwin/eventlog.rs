@@ -106,7 +106,9 @@ impl EventLog {
     }
 }
 
-fn now() -> String {
+/// The time of day as the log writes it.
+#[must_use]
+pub fn now() -> String {
     jiff::Timestamp::now().strftime("%Y-%m-%dT%H:%M:%S%.3fZ").to_string()
 }
 

@@ -146,6 +146,12 @@ impl Disk {
         }
     }
 
+    /// A sector changes by itself, on the medium, too.
+    pub fn rot(&mut self, file: FileId, sector: u64, stamp: Stamp) {
+        self.now.put(file, sector, stamp);
+        self.durable.put(file, sector, stamp);
+    }
+
     fn data(&mut self, file: FileId, change: Change) {
         self.now.change(file, &change);
         self.data.entry(file).or_default().push(change);

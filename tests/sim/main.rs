@@ -5,6 +5,7 @@ mod faults;
 mod guest;
 mod net;
 mod scenarios;
+mod verify;
 mod world;
 
 use faults::Faults;

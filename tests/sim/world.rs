@@ -11,7 +11,7 @@ use vmtwin_core::ids::{FileId, ModuleId, ReplicaId};
 use vmtwin_core::limits::SLOW_PEER_MS;
 use vmtwin_core::namespace::{Errno, Op};
 use vmtwin_core::record::Record;
-use vmtwin_core::replica::effect::{Effect, Marks, Payload as Follows, Work};
+use vmtwin_core::replica::effect::{Effect, Marks, Payload as Follows, VerifyEnd, Work};
 use vmtwin_core::replica::event::{Event, Job, OpId};
 use vmtwin_core::replica::log::ActivityLog;
 use vmtwin_core::replica::map::DirtyMap;
@@ -105,6 +105,8 @@ pub struct World {
     pub pace: u64,
     trace: Option<VecDeque<String>>,
     pub joins: u64,
+    /// How verifications ended.
+    pub verified: Vec<VerifyEnd>,
 }
 
 impl World {
@@ -155,6 +157,7 @@ impl World {
             pace: 6 * MS,
             trace,
             joins: 0,
+            verified: Vec::new(),
         };
         world.boot(0);
         world.boot(1);
@@ -397,7 +400,10 @@ impl World {
             Effect::Erred(_) | Effect::Stuck(_) => self.nodes[node].control.gave_up = true,
             Effect::Adopted(record) => self.nodes[node].control.known = Some(record),
             Effect::Quiesced { token, both } => self.quiesced(node, token, both),
+            Effect::Verified(end) => self.verified.push(end),
             Effect::OtherRecord(_)
+            | Effect::VerifyRefused(_)
+            | Effect::VerifyProgress(_)
             | Effect::SessionUp(_)
             | Effect::SessionDown(_)
             | Effect::Say(_)

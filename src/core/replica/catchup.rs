@@ -475,7 +475,7 @@ impl Replica {
     }
 }
 
-fn read_tree(parts: &[Vec<u8>]) -> Option<namespace::Tree> {
+pub(super) fn read_tree(parts: &[Vec<u8>]) -> Option<namespace::Tree> {
     let mut reader = TreeReader::default();
     parts.iter().find_map(|part| reader.add(part).ok().flatten())
 }
@@ -492,7 +492,7 @@ pub(super) fn encode_data(data: &Data) -> Vec<u8> {
     bytes
 }
 
-fn decode_data(body: &[u8]) -> Result<Data, DecodeError> {
+pub(super) fn decode_data(body: &[u8]) -> Result<Data, DecodeError> {
     let mut from = Reader::new(body);
     let until = from.u64()?;
     let ranges = from.list(RESYNC_DATA_RANGES_MAX, |from| Ok(from.u64()?..from.u64()?))?;

@@ -3,6 +3,8 @@
 use super::event::{Errno, Job, OpId, RangeKind};
 use crate::ids::FileId;
 use crate::record::Record;
+use crate::resync::Side;
+use crate::resync::verify::{self, Verdict};
 use crate::wire::frame::Header;
 use crate::wire::message::Hello;
 
@@ -113,8 +115,24 @@ pub struct Progress {
     pub finished: bool,
 }
 
+/// How a verification ended.
+#[derive(Clone, Debug, PartialEq)]
+pub enum VerifyEnd {
+    /// Everything was looked at.
+    Done {
+        /// What came of it.
+        verdict: Verdict,
+        /// The peer is being dropped and gets this node's copy.
+        repaired: bool,
+    },
+    /// The session ended before.
+    Cut(&'static str),
+    /// This side's directory cannot be listed, or a file's holes not be found.
+    Broke(Side, Errno),
+}
+
 /// Orders of the replica machine.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub enum Effect {
     /// Begin this job; answer `Event::Done`. Jobs run in parallel, in any order.
     Local {
@@ -192,4 +210,10 @@ pub enum Effect {
     Say(String),
     /// Progress of the resync, on each change.
     Progress(Progress),
+    /// The verification was not begun.
+    VerifyRefused(&'static str),
+    /// It began; later: its progress, on each change.
+    VerifyProgress(verify::Progress),
+    /// It has ended.
+    Verified(VerifyEnd),
 }

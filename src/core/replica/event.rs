@@ -206,6 +206,13 @@ pub enum Event {
         /// Its payload, if not kept.
         body: Vec<u8>,
     },
+    /// Compare both replicas while they are in sync. Answered by one `Verified`, or `VerifyRefused` at once.
+    Verify {
+        /// Bytes a second on each side, at most.
+        rate: u64,
+        /// What differs is overwritten by this node's copy.
+        repair: bool,
+    },
     /// Time went on. At least every 100 ms.
     Tick,
 }

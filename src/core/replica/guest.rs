@@ -359,7 +359,11 @@ impl Replica {
         for next in admitted.drain(..) {
             match next {
                 Who::Guest(op) => self.log_in(Job::Guest(op), out),
-                Who::Resync(number) => self.resync_claimed(number, out),
+                Who::Resync(number) => {
+                    if !self.verify_claimed(number, out) {
+                        self.resync_claimed(number, out);
+                    }
+                }
             }
         }
         self.admitted = admitted;

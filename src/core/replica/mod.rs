@@ -9,7 +9,7 @@
 //! it may be in that set (R2, R3, R9).
 //!
 //! `event` says what comes in, `effect` what goes out; `guest` is the way of a request, `session` the link, `follower` the
-//! other side, `catchup` the resync.
+//! other side, `catchup` the resync, `verify` the proof while both are in sync.
 mod catchup;
 pub mod effect;
 pub mod event;
@@ -19,6 +19,7 @@ pub mod log;
 pub mod map;
 pub mod overlap;
 mod session;
+mod verify;
 
 use crate::format::Owner;
 use crate::ids::{ModuleId, ReplicaId, Sequence};
@@ -110,6 +111,8 @@ pub enum Rule {
     DropKnown,
     /// R2: a follower's answer to a flush comes after its fdatasync.
     FollowerFlush,
+    /// No false alarm: what a verification compares is at rest.
+    VerifyAtRest,
 }
 
 /// The machine.
@@ -158,6 +161,8 @@ pub struct Replica {
     sent: BTreeMap<Sequence, (Asked, Time)>,
     follower: follower::Follower,
     catchup: Option<catchup::Catchup>,
+    verify: Option<verify::Verifying>,
+    repair: Option<verify::Repair>,
 
     log: ActivityLog,
     map: DirtyMap,
@@ -220,6 +225,8 @@ impl Replica {
             sent: BTreeMap::new(),
             follower: follower::Follower::default(),
             catchup: None,
+            verify: None,
+            repair: None,
             log,
             map,
             map_next: map_sequence + 1,
@@ -311,12 +318,14 @@ impl Replica {
                 self.log.map_saved(version);
                 self.look_at_log = true;
                 self.resync_map_saved(version, out);
+                self.verify_map_saved(version, out);
             }
             Event::MarksSaved => self.marks_saved(out),
             Event::Connected { nonce } => self.connected(nonce, out),
             Event::Disconnected => self.disconnected(out),
             Event::Hello(hello) => self.hello(hello, out),
             Event::Frame { header, body } => self.frame(header, body, out),
+            Event::Verify { rate, repair } => self.begin_verify(rate, repair, out),
             Event::Tick => self.tick(out),
         }
         self.pump(out);
@@ -348,7 +357,11 @@ impl Replica {
         }
         match job {
             Job::Peer(..) => self.peer_job_done(job, result, out),
-            Job::Own(number) if !self.ops.contains_key(&job) => self.resync_done(number, result, out),
+            Job::Own(number) if !self.ops.contains_key(&job) => {
+                if !self.verify_done(number, &result, out) {
+                    self.resync_done(number, result, out);
+                }
+            }
             Job::Guest(_) | Job::Own(_) => self.op_done(job, result, out),
         }
     }
@@ -356,6 +369,7 @@ impl Replica {
     fn tick(&mut self, out: &mut Vec<Effect>) {
         self.look_at_log = true;
         self.tick_resync(out);
+        self.tick_verify(out);
         if !self.is_holder() || self.failed.is_some() {
             return;
         }
@@ -392,7 +406,7 @@ impl Replica {
             .as_ref()
             .is_some_and(|old| old.holder == record.holder && old.in_sync.iter().all(|one| record.is_in_sync(*one)));
         let proposed = self.proposed.take();
-        (self.peer_bad, self.quiesce) = (None, None);
+        (self.peer_bad, self.quiesce, self.repair) = (None, None, None);
         if record.holder == me {
             let in_sync = record.in_sync.iter().any(|one| *one != me);
             self.is_new = before.is_none() && in_sync;

@@ -37,6 +37,8 @@ pub(super) enum Asked {
     Op(Job),
     /// Something of the resync, by its number.
     Resync(u64),
+    /// Something of the verification, likewise.
+    Verify(u64),
 }
 
 impl Replica {
@@ -74,6 +76,7 @@ impl Replica {
         self.sent.clear();
         self.follower.end_session();
         self.end_resync(out);
+        self.end_verify(reason, out);
         out.push(Effect::SessionDown(reason));
         if self.is_holder() && !self.peer_in_sync() {
             // What it answered and had not flushed may be lost with it.
@@ -234,6 +237,7 @@ impl Replica {
         match asked {
             Asked::Op(job) => self.op_answered(job, result, out),
             Asked::Resync(number) => self.resync_answered(number, result, header, &body, out),
+            Asked::Verify(number) => self.verify_answered(number, result, header, &body, out),
         }
     }
 

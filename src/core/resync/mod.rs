@@ -17,6 +17,9 @@
 pub mod event;
 #[cfg(test)]
 mod tests;
+pub mod verify;
+#[cfg(test)]
+mod verify_tests;
 
 pub use event::{Data, Effect, Event, JobId, Progress, Side};
 

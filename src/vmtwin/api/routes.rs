@@ -2,7 +2,7 @@
 use super::server::{BODY_BYTES_MAX, Failure, only_members};
 use super::types::{
     ApplyRequest, ClusterStatus, CommandRequest, ConfigAnswer, ConfigRequest, Done, ErrorBody, JoinAnswer, JoinRequest,
-    NodeStatus, ProtectRequest, StatusAnswer, UnprotectRequest,
+    NodeStatus, ProtectRequest, StatusAnswer, UnprotectRequest, VerifyRequest, VerifyStarted,
 };
 use crate::api::client::failed;
 use crate::eventlog;
@@ -29,6 +29,7 @@ pub fn router(node: Arc<Node>) -> Router {
         .route("/v1/status", get(status))
         .route("/v1/log", get(log))
         .route("/v1/command", post(command))
+        .route("/v1/verify", post(verify))
         .route("/v1/apply", post(apply))
         .route("/v1/config", post(config))
         .route("/v1/protect", post(protect))
@@ -79,6 +80,10 @@ async fn log(State(node): Me, Query(which): Query<Which>) -> Answer<Vec<eventlog
 
 async fn command(State(node): Me, Json(request): Json<CommandRequest>) -> Answer<Done> {
     whole(async move { node.command(request).await }).await
+}
+
+async fn verify(State(node): Me, Json(request): Json<VerifyRequest>) -> Answer<VerifyStarted> {
+    whole(async move { node.verify(request).await }).await
 }
 
 async fn apply(State(node): Me, Json(request): Json<ApplyRequest>) -> Answer<Done> {

@@ -59,6 +59,15 @@ pub struct ModuleStatus {
     pub link_protection: String,
     /// A resync under way.
     pub resync: Option<ResyncStatus>,
+    /// A verification under way; on the node that runs the VM.
+    #[serde(default)]
+    pub verify: Option<VerifyStatus>,
+    /// How the last one ended, since this process began.
+    #[serde(default)]
+    pub verified: Option<VerifiedStatus>,
+    /// When the replicas were last proved equal, since this process began.
+    #[serde(default)]
+    pub proved_equal: Option<String>,
     /// What a taker of this version should know (simplified rules).
     pub notes: Vec<String>,
     /// Counters.
@@ -98,6 +107,97 @@ pub struct ResyncStatus {
     pub rate: u64,
     /// Seconds left, if known.
     pub seconds_left: Option<u64>,
+}
+
+/// A verification under way.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct VerifyStatus {
+    /// When it began, in milliseconds since 1970; names it, too.
+    pub begun_ms: u64,
+    /// Bytes to look at: the lengths of all files.
+    pub bytes_total: u64,
+    /// Bytes looked at, holes among them.
+    pub bytes_done: u64,
+    /// Bytes per second looked at, lately.
+    pub rate: u64,
+    /// Seconds left, if known.
+    pub seconds_left: Option<u64>,
+}
+
+/// What came of a verification.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Verdict {
+    /// The replicas were proved equal.
+    Equal,
+    /// They differ.
+    Different,
+    /// It could not go on: the session ended, or one side cannot be read at all.
+    Cut,
+}
+
+/// How a verification ended.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct VerifiedStatus {
+    /// When it began, in milliseconds since 1970; names it, too.
+    pub begun_ms: u64,
+    /// When it ended.
+    pub ended: String,
+    /// What came of it.
+    pub verdict: Verdict,
+    /// One sentence.
+    pub reason: String,
+    /// Bytes that were hashed on each side.
+    pub bytes: u64,
+    /// At most 64.
+    pub differences: Vec<DifferenceStatus>,
+    /// Differences that are not listed.
+    pub more: u64,
+    /// The peer was dropped to get the holder's copy.
+    pub repaired: bool,
+}
+
+/// Where two replicas differ.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct DifferenceStatus {
+    /// A name of the file, from the VM's directory down.
+    pub file: String,
+    /// `content`, `unreadable here`, `unreadable there`, `only here`, `only there`, or what of its entry differs.
+    pub what: String,
+    /// Of content: from which byte.
+    pub offset: Option<u64>,
+    /// Of content: how many; whole blocks of 64 KiB, also where the file ends before.
+    pub length: Option<u64>,
+}
+
+/// A verification is ordered. The rate is in bytes per second.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct VerifyRequest {
+    /// Which module.
+    pub module: String,
+    /// Bytes a second that each side reads, at most; none: 200 MiB.
+    #[serde(default)]
+    pub rate: Option<u64>,
+    /// What differs is overwritten by the holder's copy.
+    #[serde(default)]
+    pub repair: bool,
+    /// Between daemons: this node's own process only.
+    #[serde(default)]
+    pub here: bool,
+}
+
+/// It began.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct VerifyStarted {
+    /// On which node; its status tells how it goes on.
+    pub node: String,
+    /// See `VerifyStatus`.
+    pub begun_ms: u64,
 }
 
 /// Counters since the module process began.

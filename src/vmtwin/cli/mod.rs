@@ -4,6 +4,7 @@
 //! - `modules`  start, stop, restart, swap, prim, second, protect, unprotect, apply
 //! - `status`   tables and JSON
 //! - `log`      events of both nodes
+//! - `verify`   are both replicas equal?
 //!
 //! Invariant: a failure is one sentence on stderr that says what to do, and an exit code that means something.
 mod cluster;
@@ -12,6 +13,7 @@ mod modules;
 mod status;
 #[cfg(test)]
 mod tests;
+mod verify;
 
 use crate::api::client::{Daemon, failed};
 use crate::api::types::{Action, ErrorBody};
@@ -112,6 +114,11 @@ enum Command {
     /// Be the replica on this node.
     #[command(after_help = "Example: vmtwin second db")]
     Second(Target),
+    /// Compare both replicas of a VM by hash, while it runs. Exit code 0: equal; 1: they differ (each file and range is named).
+    #[command(
+        after_help = "Examples: vmtwin verify db; vmtwin verify db --rate 50; vmtwin verify db --repair      (the copy under the running VM wins)"
+    )]
+    Verify(verify::Verify),
     /// Events of a module, of both nodes.
     #[command(after_help = "Examples: vmtwin log db; vmtwin log db -f")]
     Log(log::Log),
@@ -184,6 +191,7 @@ async fn ask(paths: &Paths, command: Command) -> Outcome {
         Command::Protect(protect) => modules::protect(&daemon, protect).await,
         Command::Unprotect { vm, restore_layout } => modules::unprotect(&daemon, vm, restore_layout).await,
         Command::Status(given) => status::run(&daemon, &given).await,
+        Command::Verify(given) => verify::run(&daemon, &given).await,
         Command::Log(given) => log::run(&daemon, &given).await,
         Command::Start(target) => modules::act(&daemon, Action::Start, target).await,
         Command::Stop(target) => modules::act(&daemon, Action::Stop, target).await,

@@ -1,7 +1,7 @@
 //! `vmtwin status`: a table, one sentence for each state that is not green, and JSON for scripts.
 use super::{Outcome, say};
 use crate::api::client::Daemon;
-use crate::api::types::{Health, ModuleStatus, ResyncStatus, State, StatusAnswer};
+use crate::api::types::{Health, ModuleStatus, ResyncStatus, State, StatusAnswer, Verdict, VerifyStatus};
 use clap::Args;
 use std::fmt::Write;
 use std::io::IsTerminal;
@@ -84,6 +84,9 @@ pub fn show(answer: &StatusAnswer, in_full: bool, colours: bool) -> String {
         if let Some(resync) = &m.resync {
             let _ = writeln!(text, "{} on {}: {}", m.module, m.node, progress(resync));
         }
+        if let Some(verify) = &m.verify {
+            let _ = writeln!(text, "{} on {}: {}", m.module, m.node, verifying(verify));
+        }
     }
     for node in &answer.unreached {
         let _ = writeln!(text, "{}: {}", node.node, node.why);
@@ -124,6 +127,12 @@ fn details(text: &mut String, m: &ModuleStatus) {
         f.flushes
     );
     let _ = writeln!(text, "  peer lacks  {}", size(f.dirty_bytes));
+    if let Some(at) = &m.proved_equal {
+        let _ = writeln!(text, "  verified    replicas proved equal at {at}");
+    }
+    if let Some(verified) = m.verified.as_ref().filter(|verified| verified.verdict != Verdict::Equal) {
+        let _ = writeln!(text, "  last check  {}: {}", verified.ended, verified.reason);
+    }
     if let Some(pid) = m.process {
         let _ = writeln!(text, "  process     {pid}");
     }
@@ -149,25 +158,33 @@ fn seconds(ms: u64) -> String {
 /// How far a resync is: a bar, bytes, rate, time left.
 #[must_use]
 pub fn progress(resync: &ResyncStatus) -> String {
-    let permille = if resync.bytes_total == 0 {
-        0
-    } else {
-        u128::from(resync.bytes_done.min(resync.bytes_total)) * 1000 / u128::from(resync.bytes_total)
-    };
+    let ResyncStatus { bytes_total, bytes_done, bytes_sent, rate, seconds_left } = *resync;
+    let sent = format!(", {} sent", size(bytes_sent));
+    format!("resync {}", bar(bytes_done, bytes_total, &sent, rate, seconds_left))
+}
+
+/// How far a verification is, likewise.
+#[must_use]
+pub fn verifying(verify: &VerifyStatus) -> String {
+    let VerifyStatus { bytes_total, bytes_done, rate, seconds_left, .. } = *verify;
+    format!("verify {}", bar(bytes_done, bytes_total, "", rate, seconds_left))
+}
+
+fn bar(done: u64, total: u64, more: &str, rate: u64, seconds_left: Option<u64>) -> String {
+    let permille = if total == 0 { 0 } else { u128::from(done.min(total)) * 1000 / u128::from(total) };
     let full = usize::try_from(permille / 50).expect("at most 20");
-    let left = resync.seconds_left.map_or("time left unknown".to_owned(), |s| {
+    let left = seconds_left.map_or("time left unknown".to_owned(), |s| {
         if s >= 120 { format!("{} min left", s / 60) } else { format!("{s} s left") }
     });
     format!(
-        "resync [{}{}] {}.{}%, {} of {} looked at, {} sent, {}/s, {left}",
+        "[{}{}] {}.{}%, {} of {} looked at{more}, {}/s, {left}",
         "#".repeat(full),
         ".".repeat(20 - full),
         permille / 10,
         permille % 10,
-        size(resync.bytes_done),
-        size(resync.bytes_total),
-        size(resync.bytes_sent),
-        size(resync.rate)
+        size(done),
+        size(total),
+        size(rate)
     )
 }
 

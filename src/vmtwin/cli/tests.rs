@@ -165,6 +165,9 @@ fn module(node: &str, state: State, health: Health) -> ModuleStatus {
         link: "up".into(),
         link_protection: "clear".into(),
         resync: None,
+        verify: None,
+        verified: None,
+        proved_equal: None,
         notes: vec!["no guardian in this version".into()],
         figures: FiguresStatus {
             reads: 5,

@@ -11,7 +11,7 @@ use super::socket::{Answer, Request};
 use super::status::Watched;
 use super::vm::VmThread;
 use crate::acceptors::{Acceptors, News as VoterNews};
-use crate::eventlog::{EventLog, Level};
+use crate::eventlog::{self, EventLog, Level};
 use crate::host;
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
@@ -117,6 +117,8 @@ pub struct Control {
     asked_lease: Time,
     callers: BTreeMap<u64, oneshot::Sender<Answer>>,
     next_caller: u64,
+    /// Who ordered a verification, until it has begun.
+    verify_caller: Option<oneshot::Sender<Answer>>,
     voter_trouble: BTreeMap<usize, String>,
     watched: Watched,
     exit: Option<u8>,
@@ -139,6 +141,7 @@ impl Control {
             asked_lease: Time(0),
             callers: BTreeMap::new(),
             next_caller: 0,
+            verify_caller: None,
             voter_trouble: BTreeMap::new(),
             watched: Watched::default(),
             exit: None,
@@ -279,6 +282,24 @@ impl Control {
                 let progress = module::Progress { total: progress.bytes_total, done: progress.bytes_done };
                 self.tell(now, Event::Resync(Some(progress)));
             }
+            FromData::VerifyRefused(why) => {
+                if let Some(caller) = self.verify_caller.take() {
+                    let _ = caller.send(Answer::refused(3, why));
+                }
+            }
+            FromData::Verify(progress) => match self.verify_caller.take() {
+                Some(caller) => {
+                    let begun_ms = wall_ms();
+                    self.watched.verify.begin(now, begun_ms);
+                    let _ = caller.send(Answer { begun_ms: Some(begun_ms), ..Answer::done() });
+                }
+                None => self.watched.verify.progress(now, progress),
+            },
+            FromData::Verified(end) => {
+                if let Some((wakes, text)) = self.watched.verify.end(&end, eventlog::now()) {
+                    self.note(if wakes { Level::Warn } else { Level::Info }, "verified", &text);
+                }
+            }
             FromData::Erred(why) => self.tell(now, Event::Erred(why)),
             FromData::Drained(token) => self.tell(now, Event::Drained(token)),
             FromData::Quiesced { token, both } => self.tell(now, Event::Quiesced { token, both }),
@@ -374,6 +395,7 @@ impl Control {
                 let _ = caller.send(answer);
                 return;
             }
+            Request::Verify { rate, repair } => return self.begin_verify(now, rate, repair, caller),
             Request::Start => Command::Start,
             Request::Stop { both } => Command::Stop { both },
             Request::Swap => Command::Swap,
@@ -385,6 +407,23 @@ impl Control {
         self.next_caller += 1;
         self.callers.insert(self.next_caller, caller);
         self.tell(now, Event::Command(self.next_caller, command));
+    }
+
+    /// Whether it can be the data thread knows; only what needs no look at the data is refused here.
+    fn begin_verify(&mut self, now: Time, rate: u64, repair: bool, caller: oneshot::Sender<Answer>) {
+        let module = self.parts.settings.module.clone();
+        let state = self.machine.view(now).state;
+        let refused = if self.verify_caller.is_some() || self.watched.verify.running().is_some() {
+            format!("a verification of {module} is under way: `vmtwin status {module} --watch` follows it")
+        } else if state != module::State::Prim {
+            let state = format!("{state:?}").to_uppercase();
+            format!("{module} is {state} here: replicas are compared while the VM runs with its peer in sync (PRIM)")
+        } else {
+            self.note(Level::Info, "command", &format!("verify, repair: {repair}"));
+            self.verify_caller = Some(caller);
+            return self.order(now, ToData::Verify { rate, repair });
+        };
+        let _ = caller.send(Answer::refused(3, refused));
     }
 
     // Effects out.

@@ -4,6 +4,8 @@ use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicU64, Ordering};
 use vmtwin_core::ids::{NodeName, RecordId, ReplicaId};
 use vmtwin_core::record::Record;
+use vmtwin_core::replica::effect::VerifyEnd;
+use vmtwin_core::resync::verify::Progress as VerifyProgress;
 use vmtwin_core::time::Time;
 
 /// Until when the holder may go on, on CLOCK_BOOTTIME: the one thing that both threads share. The control plane moves it on
@@ -87,6 +89,13 @@ pub enum ToData {
     /// The VM's process is being killed: answer what is held with an error so that it can die, until the next `Record` or
     /// `Undrain`.
     FailHeld,
+    /// Compare both replicas while they are in sync. Answered by `VerifyRefused`, or progress and one `Verified`.
+    Verify {
+        /// Bytes a second on each side, at most.
+        rate: u64,
+        /// What differs is overwritten on the peer.
+        repair: bool,
+    },
     /// Unmount, close, end. Answered by `Ended`.
     End,
 }
@@ -129,6 +138,12 @@ pub enum FromData {
     Propose(Change),
     /// Progress of a resync; one at most each 200 ms.
     Resync(ResyncProgress),
+    /// The verification was not begun; why.
+    VerifyRefused(&'static str),
+    /// It began, or got on; one at most each 200 ms.
+    Verify(VerifyProgress),
+    /// It has ended.
+    Verified(VerifyEnd),
     /// This node's disk failed: the replica is erred (R3), a durable mark. No I/O is acknowledged on it any more.
     Erred(String),
     /// All older requests have ended.

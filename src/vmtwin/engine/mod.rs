@@ -9,6 +9,7 @@ mod start;
 mod status;
 #[cfg(test)]
 mod tests;
+mod verify;
 pub mod vm;
 
 pub use start::run;

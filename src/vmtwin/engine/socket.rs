@@ -47,6 +47,14 @@ pub enum Request {
     Second,
     /// The hook: may the VM start here now?
     MayStart,
+    /// Compare both replicas; answered when it began. `status` tells how it goes on.
+    Verify {
+        /// Bytes a second, at most.
+        rate: u64,
+        /// What differs is overwritten on the peer.
+        #[serde(default)]
+        repair: bool,
+    },
 }
 
 fn yes() -> bool {
@@ -61,6 +69,9 @@ pub struct Answer {
     /// To `status` and `follow`.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub status: Option<ModuleStatus>,
+    /// To `verify`: when it began, milliseconds since 1970; its status has the same.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub begun_ms: Option<u64>,
     /// One sentence that says what to do.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub error: Option<String>,

@@ -1,5 +1,6 @@
 //! Fills the status that operators and scripts see from what the machine and the threads said.
 use super::messages::{Figures, ResyncProgress};
+use super::verify::Verifications;
 use crate::api::types::{FiguresStatus, Health, ModuleStatus, ResyncStatus, State, TakeoverTimes};
 use vmtwin_core::module::{self, Machine, Settings};
 use vmtwin_core::time::{Time, millis};
@@ -16,6 +17,8 @@ pub struct Watched {
     pub times: TakeoverTimes,
     /// The last state that was logged.
     pub last_view: Option<(module::State, module::Health)>,
+    /// Verifications.
+    pub verify: Verifications,
     resync: Option<Resync>,
 }
 
@@ -102,6 +105,9 @@ impl Watched {
             link: if machine.has_peer() { "up" } else { "down" }.to_owned(),
             link_protection: link_protection.to_owned(),
             resync: self.resync_status(machine),
+            verify: self.verify.running(),
+            verified: self.verify.ended.clone(),
+            proved_equal: self.verify.proved_equal.clone(),
             notes: view.notes,
             figures: FiguresStatus {
                 reads: figures.reads,

@@ -4,7 +4,7 @@
 use super::processes::Seen;
 use super::{Node, no_module};
 use crate::api::client::{Daemon, failed};
-use crate::api::types::{Action, CommandRequest, Done, ErrorBody, NodeStatus, State};
+use crate::api::types::{Action, CommandRequest, Done, ErrorBody, NodeStatus, State, VerifyRequest, VerifyStarted};
 use crate::config::ModuleConfig;
 use crate::engine::socket::{self, Answer, Request};
 use std::io;
@@ -19,6 +19,10 @@ const SPARE: Duration = Duration::from_secs(300);
 /// `--no-wait` answers after this time, where nothing was refused until then.
 const REFUSALS: Duration = Duration::from_millis(1500);
 const LOOK: Duration = Duration::from_millis(100);
+/// Bytes per second of a verification that names no rate.
+const VERIFY_RATE: u64 = 200 << 20;
+/// What a verification may be given.
+const VERIFY_RATES: std::ops::RangeInclusive<u64> = 1 << 20..=1 << 40;
 
 impl Node {
     /// Does a command, or has it done.
@@ -48,7 +52,8 @@ impl Node {
         match (request.action, &request.node) {
             (Action::Start | Action::Stop, None) => self.do_on_both(&config, &me, &request).await,
             (Action::Restart | Action::Swap, _) => {
-                let holder = self.holder(&config, request.action).await?;
+                let word = if request.action == Action::Swap { "swapped" } else { "restarted" };
+                let holder = self.holder(&config, word).await?;
                 self.do_on(&config, &me, &holder, &request).await
             }
             (_, Some(node)) => {
@@ -157,10 +162,19 @@ impl Node {
     }
 
     async fn ask_module(&self, config: &ModuleConfig, request: Request, limit: Duration) -> Result<Done, ErrorBody> {
+        self.module_answer(config, request, limit).await.map(|_| Done::default())
+    }
+
+    async fn module_answer(
+        &self,
+        config: &ModuleConfig,
+        request: Request,
+        limit: Duration,
+    ) -> Result<Answer, ErrorBody> {
         let name = &config.name;
         let asked = timeout(limit, socket::ask(&self.paths.module_socket(name), &request)).await;
         match asked {
-            Ok(Ok(Answer { ok: true, .. })) => Ok(Done::default()),
+            Ok(Ok(answer)) if answer.ok => Ok(answer),
             Ok(Ok(answer)) => Err(failed(
                 answer.code.unwrap_or(1),
                 answer.error.unwrap_or_else(|| format!("module {name} refused without a reason")),
@@ -183,11 +197,10 @@ impl Node {
     }
 
     /// The node that runs the VM.
-    async fn holder(self: &Arc<Self>, config: &ModuleConfig, action: Action) -> Result<NodeName, ErrorBody> {
+    async fn holder(self: &Arc<Self>, config: &ModuleConfig, word: &str) -> Result<NodeName, ErrorBody> {
         let answer = self.status(Some(config.name.as_str()), false).await?;
         let runs = answer.modules.iter().find(|m| matches!(m.state, State::Prim | State::Alone));
         let name = &config.name;
-        let word = if action == Action::Swap { "swapped" } else { "restarted" };
         match runs {
             Some(status) => NodeName::new(&status.node).map_err(|e| failed(1, e.to_string())),
             None => Err(failed(
@@ -201,19 +214,49 @@ impl Node {
 
     /// To a node that has the module, where this one has not.
     async fn pass_on(&self, request: &CommandRequest) -> Result<Done, ErrorBody> {
-        let (cluster, me) = self.cluster()?;
         if request.here {
             return Err(no_module(&request.module));
         }
+        self.elsewhere(&request.module).await?.post("/v1/command", request, 2 * SPARE).await
+    }
+
+    /// Another node, which has the module.
+    async fn elsewhere(&self, module: &str) -> Result<Daemon, ErrorBody> {
+        let (cluster, me) = self.cluster()?;
         for node in cluster.nodes.iter().filter(|n| n.name != me) {
             let daemon: Daemon = self.daemon(&cluster, &node.name)?;
             if let Ok(status) = daemon.get::<NodeStatus>("/v1/node", SHORT).await
-                && status.modules.contains(&request.module)
+                && status.modules.iter().any(|name| name == module)
             {
-                let request = CommandRequest { node: request.node.clone(), ..request.clone() };
-                return daemon.post("/v1/command", &request, 2 * SPARE).await;
+                return Ok(daemon);
             }
         }
-        Err(no_module(&request.module))
+        Err(no_module(module))
+    }
+
+    /// Begins a verification, on the node that runs the VM.
+    ///
+    /// # Errors
+    /// With the exit code that the CLI ends with.
+    pub async fn verify(self: Arc<Self>, request: VerifyRequest) -> Result<VerifyStarted, ErrorBody> {
+        let rate = request.rate.unwrap_or(VERIFY_RATE);
+        if !VERIFY_RATES.contains(&rate) {
+            let (least, most) = (VERIFY_RATES.start(), VERIFY_RATES.end());
+            return Err(failed(2, format!("a rate of {rate} bytes per second: {least} to {most} can be had")));
+        }
+        let Some(config) = self.module(&request.module)? else {
+            if request.here {
+                return Err(no_module(&request.module));
+            }
+            return self.elsewhere(&request.module).await?.post("/v1/verify", &request, SPARE).await;
+        };
+        let (cluster, me) = self.cluster()?;
+        let holder = if request.here { me.clone() } else { self.holder(&config, "verified").await? };
+        if holder != me {
+            let here = VerifyRequest { here: true, ..request };
+            return self.daemon(&cluster, &holder)?.post("/v1/verify", &here, SPARE).await;
+        }
+        let answer = self.module_answer(&config, Request::Verify { rate, repair: request.repair }, SPARE).await?;
+        Ok(VerifyStarted { node: me.to_string(), begun_ms: answer.begun_ms.unwrap_or_default() })
     }
 }

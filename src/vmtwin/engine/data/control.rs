@@ -7,8 +7,9 @@ use std::time::Duration;
 use vmtwin_core::ids::{RecordId, ReplicaId, Sequence, SessionId};
 use vmtwin_core::record::Record;
 use vmtwin_core::replica::Role;
-use vmtwin_core::replica::effect::{Change as CoreChange, Progress};
+use vmtwin_core::replica::effect::{Change as CoreChange, Progress, VerifyEnd};
 use vmtwin_core::replica::event::{Errno, Event};
+use vmtwin_core::resync::verify::Progress as VerifyProgress;
 use vmtwin_core::time::{Time, millis};
 use vmtwin_core::wire::frame::{Header, Kind};
 use vmtwin_frontend::fuse::{UnmountError, unmount_aside};
@@ -29,6 +30,8 @@ pub(super) struct Control {
     ending: Option<Ending>,
     progress: Option<Progress>,
     progress_at: Time,
+    verify: Option<VerifyProgress>,
+    verify_at: Time,
 }
 
 impl Control {
@@ -86,6 +89,7 @@ impl Data {
             ToData::Undrain => self.events.push_back(Event::Undrain),
             ToData::Quiesce(token) => self.events.push_back(Event::Quiesce(token)),
             ToData::Unquiesce => self.events.push_back(Event::Unquiesce),
+            ToData::Verify { rate, repair } => self.events.push_back(Event::Verify { rate, repair }),
             ToData::FailHeld => self.events.push_back(Event::FailHeld),
             ToData::End => self.end(),
         }
@@ -143,7 +147,27 @@ impl Data {
         self.control.progress = Some(progress);
     }
 
+    pub(super) fn verify_progress(&mut self, progress: VerifyProgress) {
+        if progress == VerifyProgress::default() {
+            // It began.
+            self.control.verify_at = self.now;
+            return self.tell(FromData::Verify(progress));
+        }
+        self.control.verify = Some(progress);
+    }
+
+    pub(super) fn verified(&mut self, end: VerifyEnd) {
+        self.control.verify = None;
+        self.tell(FromData::Verified(end));
+    }
+
     fn tell_progress(&mut self) {
+        if self.now.since(self.control.verify_at) >= PROGRESS_PAUSE
+            && let Some(progress) = self.control.verify.take()
+        {
+            self.control.verify_at = self.now;
+            self.tell(FromData::Verify(progress));
+        }
         if self.now.since(self.control.progress_at) >= PROGRESS_PAUSE
             && let Some(progress) = self.control.progress.take()
         {

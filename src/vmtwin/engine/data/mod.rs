@@ -262,6 +262,9 @@ impl Data {
             Effect::Erred(errno) => self.tell(FromData::Erred(local::describe(errno))),
             Effect::Stuck(errno) => self.stuck(errno),
             Effect::Progress(progress) => self.progress(progress),
+            Effect::VerifyProgress(progress) => self.verify_progress(progress),
+            Effect::VerifyRefused(why) => self.tell(FromData::VerifyRefused(why)),
+            Effect::Verified(end) => self.verified(end),
             Effect::Say(line) => self.tell(FromData::Say(line)),
         }
     }

@@ -23,6 +23,8 @@ use vmtwin_core::arbiter::{Acceptor, Stored};
 use vmtwin_core::ids::{AcceptorId, ModuleId, RecordId, ReplicaId};
 use vmtwin_core::module::Settings;
 use vmtwin_core::record::Record;
+use vmtwin_core::replica::effect::VerifyEnd;
+use vmtwin_core::resync::verify::{Progress, Verdict};
 use vmtwin_hypervisor::fake::Fake;
 use vmtwin_hypervisor::{VmEnd, VmState};
 
@@ -106,6 +108,23 @@ fn a_vm_that_crashes_is_started_again_in_place() {
         pair.vm(H1).end(VmEnd::Crashed);
         pair.wait("started again", |pair| pair.vm(H1).starts() == 2 && pair.vm(H1).peek() == VmState::Running).await;
         pair.until_green().await;
+    });
+}
+
+#[test]
+fn a_verification_is_begun_where_the_vm_runs_and_its_proof_is_in_the_status() {
+    story(async |pair| {
+        pair.start_both().await;
+        pair.until_green().await;
+        let verify = Request::Verify { rate: 1 << 30, repair: false };
+        let refused = pair.ask(H2, verify).await;
+        assert_eq!((refused.ok, refused.code), (false, Some(3)), "{refused:?}");
+        let begun = pair.ask(H1, verify).await.begun_ms.unwrap();
+        pair.until("the proof", H1, |s| s.proved_equal.is_some()).await;
+        let status = pair.status(H1).await;
+        let verified = status.verified.unwrap();
+        assert_eq!((verified.begun_ms, verified.verdict), (begun, crate::api::types::Verdict::Equal));
+        assert_eq!((status.verify, status.proved_equal), (None, Some(verified.ended)));
     });
 }
 
@@ -343,6 +362,11 @@ impl DataPort for PretendedData {
                 side.news(FromData::Ended(Ok(())));
                 (side.open, side.record) = (false, None);
                 world.settle();
+            }
+            ToData::Verify { repair, .. } => {
+                side.news(FromData::Verify(Progress::default()));
+                side.news(FromData::Verify(Progress { bytes_total: 2, bytes_done: 1 }));
+                side.news(FromData::Verified(VerifyEnd::Done { verdict: Verdict::default(), repaired: repair }));
             }
             ToData::Tell(_) | ToData::Proposed(..) | ToData::Link(_) | ToData::Unquiesce | ToData::FailHeld => {}
         }

@@ -6,6 +6,8 @@ use std::io::Write;
 use std::os::unix::fs::{FileExt, PermissionsExt, symlink};
 use std::time::Duration;
 use vmtwin_core::ids::{RecordId, Sequence, SessionId};
+use vmtwin_core::replica::effect::VerifyEnd;
+use vmtwin_core::resync::verify::{Different, Verdict};
 use vmtwin_core::wire::frame::{Header, Kind};
 
 /// A holder with files, and a node that was resynced from nothing and joined.
@@ -218,4 +220,56 @@ fn a_damaged_byte_on_the_wire_is_never_applied() {
         _ => None,
     });
     assert!(why.contains("hecksum"), "{why}");
+}
+
+/// A verification that comes to its end, however often a link is lost meanwhile.
+fn verify(pair: &mut Pair, repair: bool) -> Verdict {
+    loop {
+        pair.in_sync();
+        let before = pair.holder.said.len();
+        pair.holder.order(ToData::Verify { rate: 1 << 40, repair });
+        let mut end = None;
+        pair.until("the verification", |pair| {
+            end = pair.holder.said[before..].iter().find_map(|news| match news {
+                FromData::Verified(end) => Some(Some(end.clone())),
+                FromData::VerifyRefused(_) => Some(None),
+                _ => None,
+            });
+            end.is_some()
+        });
+        if let Some(Some(VerifyEnd::Done { verdict, .. })) = end {
+            return verdict;
+        }
+    }
+}
+
+#[test]
+fn a_verification_beside_a_load_raises_no_false_alarm_and_finds_and_repairs_a_flipped_bit() {
+    let mut pair = pair(false);
+    let at = pair.holder.directory();
+    let writers = std::thread::spawn(move || (20..23).for_each(|seed| load(at.clone(), seed)));
+    while !writers.is_finished() {
+        let verdict = verify(&mut pair, false);
+        assert!(verdict.is_equal(), "a false alarm: {verdict:?}");
+    }
+    writers.join().unwrap();
+    let flip = |node: &Node| {
+        let file = OpenOptions::new().read(true).write(true).open(node.backing().join("old")).unwrap();
+        let mut byte = [0];
+        file.read_exact_at(&mut byte, 200_000).unwrap();
+        file.write_all_at(&[byte[0] ^ 4], 200_000).unwrap();
+    };
+    flip(&pair.other);
+    let mut drops = 0;
+    for repair in [false, true] {
+        drops = pair.changes.iter().filter(|change| **change == Change::DropPeer).count();
+        let verdict = verify(&mut pair, repair);
+        let [one] = &verdict.differences[..] else { panic!("{verdict:?}") };
+        assert_eq!((&one.name[..], &one.what), ("old", &Different::Content(196_608..262_144)));
+    }
+    pair.until("the drop", |pair| pair.changes.iter().filter(|change| **change == Change::DropPeer).count() > drops);
+    assert!(verify(&mut pair, false).is_equal(), "it was repaired");
+    assert_equal(&pair);
+    pair.holder.stop();
+    pair.other.stop();
 }
