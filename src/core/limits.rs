@@ -26,8 +26,19 @@ pub const SLOW_PEER_MS: u64 = 3000;
 /// A resync without progress for this long starts its pass again, in milliseconds.
 pub const RESYNC_STALL_MS: u64 = 60_000;
 
+/// The guardian looks this often, in milliseconds.
+pub const GUARD_LOOK_MS: u64 = 100;
+/// It acts where the process of a holder is stopped or dead and asked for nothing for this long, in milliseconds.
+pub const GUARD_STOPPED_MS: u64 = 1500;
+/// Where that process runs, and a newer record shows that somebody else went on, in milliseconds.
+pub const GUARD_PASSED_MS: u64 = LEASE_MS + 2000;
+/// Where that process runs and nothing more is known: it may only be slow, in milliseconds.
+pub const GUARD_SILENT_MS: u64 = 10_000;
+
 const _: () = assert!(RENEW_MS * 3 <= LEASE_MS, "two lost renewals would end a lease");
 const _: () = assert!(LEASE_MS + DRIFT_MS + PAUSE_MS < TAKEOVER_MS, "two nodes could run one VM");
+const _: () = assert!(GUARD_STOPPED_MS + 2 * GUARD_LOOK_MS < TAKEOVER_MS, "two VMs of one name would be seen");
+const _: () = assert!(LEASE_MS + DRIFT_MS + PAUSE_MS < GUARD_STOPPED_MS, "a VM would be ended under a lease");
 const _: () = assert!(LINK_SILENT_MS < TAKEOVER_MS, "a takeover would wait for the link's own time");
 
 /// Modules of a cluster.

@@ -14,6 +14,7 @@
 pub mod acceptor;
 mod drive;
 pub mod event;
+pub mod guardian;
 mod lease;
 pub mod message;
 mod proposer;

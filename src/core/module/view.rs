@@ -118,10 +118,6 @@ impl Machine {
         {
             notes.push(format!("{answering} of {voters} acceptors answer; one more lost may stop {module}."));
         }
-        if self.holds() {
-            notes
-                .push("This version has no guardian: where the module process hangs, nobody pauses its VM.".to_owned());
-        }
         notes
     }
 

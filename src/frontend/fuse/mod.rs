@@ -19,6 +19,8 @@ mod reply;
 mod request;
 
 pub use connection::{Event, Fuse, Kernel};
-pub use mount::{Life, MountError, Options, UnmountError, clear_dead, detach, life, standing, unmount, unmount_aside};
+pub use mount::{
+    Life, MountError, Options, UnmountError, abort, clear_dead, detach, life, standing, unmount, unmount_aside,
+};
 pub use reply::{Attr, Directory, Entry, FileSystem, Listed, Reply, Timestamp};
 pub use request::{Caller, Forget, Operation, Request, SetAttr, SetTime, Ticket};

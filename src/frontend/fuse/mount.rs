@@ -140,13 +140,47 @@ fn unmount_with(path: &Path, flags: UnmountFlags) -> Result<(), UnmountError> {
 /// # Errors
 /// /proc cannot be read, or the path has no parent that exists.
 pub fn standing(path: &Path) -> io::Result<usize> {
-    // The path itself is not looked at: under a dead mount that fails, under a stuck one it waits.
-    let (parent, name) = (path.parent(), path.file_name());
-    let (Some(parent), Some(name)) = (parent, name) else { return Err(io::ErrorKind::InvalidInput.into()) };
-    let parent = if parent.as_os_str().is_empty() { Path::new(".") } else { parent };
-    let full = fs::canonicalize(parent)?.join(name);
+    let full = full(path)?;
     let table = fs::read("/proc/thread-self/mountinfo")?;
     Ok(table.split(|&b| b == b'\n').filter_map(mount_point).filter(|point| *point == full).count())
+}
+
+/// Ends the uppermost connection on `path` from outside, whatever its server does: every request in its hands fails, and
+/// a killed process that waits for one can die. The mount stays there, dead. False: nothing of ours is mounted there.
+/// `place`: where the kernel's list of connections may be mounted for the moment, where the host has it not mounted.
+///
+/// # Errors
+/// /proc cannot be read, or the kernel refuses.
+pub fn abort(path: &Path, place: &Path) -> io::Result<bool> {
+    let full = full(path)?;
+    let table = fs::read("/proc/thread-self/mountinfo")?;
+    let mut of_ours = table.split(|&b| b == b'\n').filter(|line| mount_point(line).is_some_and(|point| point == full));
+    let Some(connection) = of_ours.next_back().and_then(connection) else { return Ok(false) };
+    let usual = Path::new("/sys/fs/fuse/connections").join(&connection).join("abort");
+    if usual.exists() {
+        return fs::write(usual, "1").map(|()| true);
+    }
+    fs::create_dir_all(place)?;
+    let flags = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
+    match rustix::mount::mount("fusectl", place, "fusectl", flags, None) {
+        // BUSY: left there by one that was killed in between.
+        Ok(()) | Err(Errno::BUSY) => {}
+        Err(e) => return Err(e.into()),
+    }
+    let told = fs::write(place.join(connection).join("abort"), "1");
+    rustix::mount::unmount(place, UnmountFlags::DETACH | UnmountFlags::NOFOLLOW)?;
+    let _ = fs::remove_dir(place);
+    told.map(|()| true)
+}
+
+/// The path with the links in its folder resolved. The path itself is not looked at: under a dead mount that fails, under
+/// a stuck one it waits.
+fn full(path: &Path) -> io::Result<PathBuf> {
+    let (Some(parent), Some(name)) = (path.parent(), path.file_name()) else {
+        return Err(io::ErrorKind::InvalidInput.into());
+    };
+    let parent = if parent.as_os_str().is_empty() { Path::new(".") } else { parent };
+    Ok(fs::canonicalize(parent)?.join(name))
 }
 
 /// Where a line of mountinfo says that one of ours is mounted.
@@ -155,6 +189,13 @@ fn mount_point(line: &[u8]) -> Option<PathBuf> {
     let point = words.nth(4)?;
     let kind = words.skip_while(|w| *w != b"-").nth(1)?;
     (kind == TYPE.as_bytes()).then(|| PathBuf::from(unescaped(point)))
+}
+
+/// The kernel's number of the connection in a line of mountinfo: the minor number of its device.
+fn connection(line: &[u8]) -> Option<String> {
+    let device = std::str::from_utf8(line.split(|&b| b == b' ').nth(2)?).ok()?;
+    let minor = device.split_once(':')?.1;
+    (!minor.is_empty() && minor.bytes().all(|b| b.is_ascii_digit())).then(|| minor.to_owned())
 }
 
 /// Space, tab, newline and backslash stand as `\` and three octal digits.
@@ -228,10 +269,11 @@ mod tests {
     fn mount_points_are_found_in_mountinfo_whatever_is_in_their_names() {
         let line = br"36 35 0:98 / /srv/my\040vm\134x rw,nosuid shared:7 master:1 - fuse.vmtwin vmtwin:db rw,user_id=0";
         assert_eq!(mount_point(line), Some(PathBuf::from(OsStr::from_bytes(br"/srv/my vm\x"))));
+        assert_eq!(connection(line).as_deref(), Some("98"));
         let other = b"36 35 0:98 / /srv rw - ext4 /dev/sda rw";
         assert_eq!(mount_point(other), None);
         for cut in 0..line.len() {
-            let _ = mount_point(&line[..cut]);
+            let _ = (mount_point(&line[..cut]), connection(&line[..cut]));
         }
     }
 

@@ -7,7 +7,7 @@
 mod ffi;
 mod inventory;
 mod news;
-mod process;
+pub mod process;
 
 use crate::{Hypervisor, VmError, VmEvent, VmResult, VmState};
 use ffi::{Raw, Subscription};

@@ -6,18 +6,25 @@ use rustix::event::{PollFd, PollFlags, poll};
 use rustix::fd::OwnedFd;
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use std::fs;
+use vmtwin_core::time::Time;
+
+/// The kernel's unit of a process's start in /proc, the same on all machines, in nanoseconds.
+const TICK_NS: u64 = 10_000_000;
 
 /// A running QEMU.
 #[derive(Debug)]
-pub(super) struct Process {
+pub struct Process {
     /// Its process id.
     pub pid: u32,
+    /// When it was started, on CLOCK_BOOTTIME, to 10 ms.
+    pub began: Time,
     handle: OwnedFd,
 }
 
 impl Process {
     /// The process of the VM, by libvirt's pid file, else by its command line.
-    pub(super) fn find(name: &str) -> Option<Self> {
+    #[must_use]
+    pub fn find(name: &str) -> Option<Self> {
         let noted = fs::read_to_string(format!("/run/libvirt/qemu/{name}.pid")).ok();
         let noted = noted.and_then(|pid| Self::open(pid.trim().parse().ok()?, name));
         noted.or_else(|| {
@@ -30,18 +37,28 @@ impl Process {
         let handle = pidfd_open(Pid::from_raw(i32::try_from(pid).ok()?)?, PidfdFlags::empty()).ok()?;
         let space = |of: &str| fs::read_link(format!("/proc/{of}/ns/net")).ok();
         let command = fs::read(format!("/proc/{pid}/cmdline")).ok()?;
-        (runs(&command, name) && space(&pid.to_string())? == space("self")?).then_some(Self { pid, handle })
+        if !runs(&command, name) || space(&pid.to_string())? != space("self")? {
+            return None;
+        }
+        let began = began(&fs::read_to_string(format!("/proc/{pid}/stat")).ok()?)?;
+        Some(Self { pid, began, handle })
     }
 
     /// SIGKILL. A process that is gone already is no error.
-    pub(super) fn kill(&self) {
+    pub fn kill(&self) {
         let _ = pidfd_send_signal(&self.handle, Signal::KILL);
     }
 
     /// Waits until all of its threads are gone, however long that takes.
-    pub(super) fn wait(&self) {
+    pub fn wait(&self) {
         while poll(&mut [PollFd::new(&self.handle, PollFlags::IN)], None).is_err() {}
     }
+}
+
+/// The 22nd field of /proc/PID/stat; the second, the name, may hold anything.
+fn began(stat: &str) -> Option<Time> {
+    let ticks: u64 = stat.rsplit_once(')')?.1.split_ascii_whitespace().nth(19)?.parse().ok()?;
+    Some(Time(ticks.saturating_mul(TICK_NS)))
 }
 
 /// Whether this is the command line of a QEMU that libvirt started for the VM: `-name guest=NAME,...`, commas doubled.
@@ -88,6 +105,8 @@ mod tests {
             }
         };
         assert!(Process::open(child.id(), "another").is_none());
+        let own = fs::read_to_string("/proc/self/stat").unwrap();
+        assert!(super::began(&own).unwrap() <= process.began && super::began("7 (a) b) S 1").is_none());
         process.kill();
         process.wait();
         assert!(!child.wait().unwrap().success());

@@ -148,7 +148,7 @@ async fn an_absurd_length_ends_the_connection_and_nothing_else() {
     let folder = tempfile::tempdir().unwrap();
     let voters = Voters::open(folder.path().to_owned()).unwrap();
     let (mut us, them) = tokio::io::duplex(64);
-    let serve = voters.serve(them);
+    let serve = voters.serve(them, |_, _| ());
     let talk = async {
         us.write_all(&u32::MAX.to_le_bytes()).await.unwrap();
         us.read(&mut [0]).await

@@ -15,6 +15,7 @@ use vmtwin_core::arbiter::message::Request;
 use vmtwin_core::arbiter::stored::Stored;
 use vmtwin_core::ids::{AcceptorId, ModuleId};
 use vmtwin_core::limits::MODULES_MAX;
+use vmtwin_core::record::RecordName;
 
 /// Modules that one process votes for: those of several clusters' worth, so that only a fault reaches it.
 const VOTERS_MAX: usize = 8 * MODULES_MAX;
@@ -77,14 +78,28 @@ impl Voters {
         Some(slots.entry(module).or_insert_with(|| Arc::new(tokio::sync::Mutex::new(Slot::Unread))).clone())
     }
 
-    /// Serves one connection to its end.
+    /// The record that a module's acceptor has accepted; `None` also where it is at work, or its file was not read yet.
+    #[must_use]
+    pub fn accepted(&self, module: ModuleId) -> Option<RecordName> {
+        let slot = self.slots.lock().expect("nothing panics under it").get(&module)?.clone();
+        let slot = slot.try_lock_owned().ok()?;
+        let Slot::Voting(acceptor) = &*slot else { return None };
+        acceptor.stored().accepted.as_ref().map(|accepted| accepted.record.name())
+    }
+
+    /// Serves one connection to its end. `heard` is told of each request before it is answered.
     ///
     /// # Errors
     /// As the connection says, or bytes that make no sense.
-    pub async fn serve(&self, stream: impl AsyncRead + AsyncWrite + Unpin) -> io::Result<()> {
+    pub async fn serve(
+        &self,
+        stream: impl AsyncRead + AsyncWrite + Unpin,
+        heard: impl Fn(ModuleId, &Ask),
+    ) -> io::Result<()> {
         let (mut from, mut to) = tokio::io::split(stream);
         while let Some(bytes) = read_frame(&mut from).await? {
             let Call { nonce, module, ask } = Call::decode(&bytes).map_err(io::Error::other)?;
+            heard(module, &ask);
             let reply = match self.answer_at_once(module, &ask) {
                 Some(reply) => reply,
                 None => self.answer(module, ask).await,

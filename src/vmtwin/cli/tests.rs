@@ -117,7 +117,7 @@ db on h1:
   peer lacks  0 B
   process     4711
   last start  2.3 s after the loss was seen: won after 100 ms, start call 200 ms later, it took 2000 ms
-  note        no guardian in this version
+  note        2 of 3 acceptors answer
 ";
     assert_eq!(full, expected);
     assert!(show(&StatusAnswer::default(), false, false).contains("vmtwin protect"));
@@ -168,7 +168,7 @@ fn module(node: &str, state: State, health: Health) -> ModuleStatus {
         verify: None,
         verified: None,
         proved_equal: None,
-        notes: vec!["no guardian in this version".into()],
+        notes: vec!["2 of 3 acceptors answer".into()],
         figures: FiguresStatus {
             reads: 5,
             writes: 3,

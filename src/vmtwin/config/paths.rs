@@ -110,6 +110,11 @@ impl Paths {
     pub fn backing(&self, module: &ModuleName) -> PathBuf {
         self.run.join("backing").join(module.as_str())
     }
+    /// Where the guardian mounts the kernel's list of FUSE connections for a moment.
+    #[must_use]
+    pub fn connections(&self, module: &ModuleName) -> PathBuf {
+        self.run.join(format!("{module}.connections"))
+    }
     /// The module's event log.
     #[must_use]
     pub fn module_log(&self, module: &ModuleName) -> PathBuf {

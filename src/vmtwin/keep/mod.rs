@@ -1,6 +1,8 @@
-//! `vmtwin keep`: one tiny process per node, the last to be restarted. Votes of all modules; the listener on port 7721.
+//! `vmtwin keep`: one tiny process per node, the last to be restarted. Votes of all modules; the listener on port 7721; the
+//! guardian of VMs whose module process hangs.
 //!
 //! Keeps out: HTTP, hypervisors, what a module does with the connection that it is given.
+pub mod guardian;
 pub mod pass;
 pub mod preamble;
 #[cfg(test)]
@@ -12,7 +14,9 @@ use crate::config::paths::PORT_LINK;
 use crate::listen::{self, Door, Place, STRANGER_TIME};
 use crate::pidfile::PidFile;
 use crate::{host, trust};
+use guardian::Guard;
 use preamble::{PREAMBLE_BYTES, Preamble};
+use rustix::process::Pid;
 use rustls::ServerConfig;
 use std::io;
 use std::net::SocketAddr;
@@ -40,7 +44,9 @@ pub async fn run(paths: Paths) -> io::Result<()> {
 async fn serve(paths: Paths) -> io::Result<()> {
     let voters = Arc::new(Voters::open(paths.acceptors())?);
     let local = listen_locally(&paths.keep_socket())?;
-    tokio::spawn(serve_locally(local, voters.clone()));
+    let guard = Arc::new(Guard::new(paths.clone()));
+    tokio::spawn(serve_locally(local, voters.clone(), guard.clone()));
+    tokio::spawn(guard.run(voters.clone()));
     let door = Arc::new(Door::default());
     let shared = paths.clone();
     listen::follow(&paths, PORT_LINK, move |address| {
@@ -75,12 +81,13 @@ pub fn is_ours(stream: &tokio::net::UnixStream) -> bool {
     stream.peer_cred().is_ok_and(|who| who.uid() == 0 || who.uid() == rustix::process::geteuid().as_raw())
 }
 
-async fn serve_locally(listener: UnixListener, voters: Arc<Voters>) {
+async fn serve_locally(listener: UnixListener, voters: Arc<Voters>, guard: Arc<Guard>) {
     loop {
         match listener.accept().await {
             Ok((stream, _)) if is_ours(&stream) => {
-                let voters = voters.clone();
-                tokio::spawn(async move { voters.serve(stream).await });
+                let (voters, guard) = (voters.clone(), guard.clone());
+                let pid = stream.peer_cred().ok().and_then(|who| who.pid()).and_then(Pid::from_raw);
+                tokio::spawn(async move { voters.serve(stream, |module, ask| guard.hear(pid, module, ask)).await });
             }
             Ok(_) => {}
             Err(_) => tokio::time::sleep(std::time::Duration::from_millis(100)).await,
@@ -118,7 +125,7 @@ async fn serve_caller(
         Ok(Preamble::Acceptors) => match timeout(STRANGER_TIME, TlsAcceptor::from(tls).accept(stream)).await {
             Ok(Ok(stream)) => {
                 drop(place);
-                if let Err(e) = voters.serve(stream).await
+                if let Err(e) = voters.serve(stream, |_, _| ()).await
                     && e.kind() == io::ErrorKind::Other
                 {
                     host::warn(&format!("votes asked for from {from}: {e}"));

@@ -32,7 +32,7 @@ pub async fn run(paths: Paths, listen: Option<IpAddr>) -> io::Result<()> {
             match timeout(STRANGER_TIME, tls.accept(stream)).await {
                 Ok(Ok(stream)) => {
                     drop(place);
-                    if let Err(e) = voters.serve(stream).await
+                    if let Err(e) = voters.serve(stream, |_, _| ()).await
                         && e.kind() == io::ErrorKind::Other
                     {
                         host::warn(&format!("votes asked for from {from}: {e}"));

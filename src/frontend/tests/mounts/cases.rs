@@ -382,6 +382,25 @@ fn requests_in_hand_fail_when_the_server_ends() {
 }
 
 #[test]
+fn an_abort_from_outside_fails_what_is_held_and_ends_the_server() {
+    let Some(mut world) = world(Config::default()) else { return };
+    let file = open_direct(&world.at.join("disk"));
+    file.set_len(MIB as u64).unwrap();
+    let list = world.model.join("connections");
+    assert!(!fuse::abort(&world.back, &list).unwrap(), "nothing is mounted there");
+    world.server().control.hold.store(1000, Ordering::SeqCst);
+    std::thread::scope(|scope| {
+        let write = scope.spawn(|| file.write_all_at(&pattern(1, 4096), 0));
+        until("the write is held", || world.server().control.held.load(Ordering::SeqCst) == 1);
+        assert!(fuse::abort(&world.at, &list).unwrap());
+        assert!(write.join().unwrap().is_err());
+    });
+    world.server.take().unwrap().join();
+    assert_eq!(fuse::life(&world.at, LIMIT).unwrap(), Life::Dead);
+    assert!(!list.exists());
+}
+
+#[test]
 fn a_ring_that_is_dropped_leaks_what_the_kernel_still_owns() {
     let Some(world) = world(Config::default()) else { return };
     let file = open_direct(&world.at.join("disk"));
