@@ -338,17 +338,19 @@ impl Verify {
         let Some((here, there)) = answers.add(side, data) else { return };
         let (file, size, from) = (*file, *size, *from);
         self.jobs.remove(&id);
+        let end = from.saturating_add(RESYNC_DATA_BYTES);
         let mut until = here.until.min(there.until);
         if until / PAGE_BYTES <= from / PAGE_BYTES {
             // An answer that does not get on says nothing: all of it is looked at.
-            let end = from.saturating_add(RESYNC_DATA_BYTES).min(size);
+            let end = end.min(size);
             until = if end < size { end } else { u64::MAX };
             if from < end {
                 self.look_at(file, from..end);
             }
         } else {
             for range in here.ranges.iter().chain(&there.ranges) {
-                let range = range.start.max(from)..range.end.min(until);
+                // No further than was asked, whatever the peer says.
+                let range = range.start.max(from)..range.end.min(until).min(end);
                 if range.start < range.end {
                     self.look_at(file, range);
                 }

@@ -201,6 +201,26 @@ fn a_range_that_cannot_be_read_is_a_difference_and_whose_it_is_decides_about_the
 }
 
 #[test]
+fn answers_of_a_peer_that_make_no_sense_break_nothing() {
+    let side = replica(3);
+    let data = |ranges: Vec<std::ops::Range<u64>>, until| {
+        let asked = run(&side, &side, u64::MAX, |order, at, answer| match order {
+            Order::AskData(job, ..) if at == Side::Target => {
+                Event::Data(*job, at, Data { ranges: ranges.clone(), until })
+            }
+            // More hashes than were asked for, or none.
+            Order::Hash { job, .. } if at == Side::Target => Event::Hashes(*job, at, vec![[1; 32]; ranges.len() * 99]),
+            _ => answer,
+        });
+        assert!(matches!(asked.1, Order::Done(_)));
+    };
+    data(vec![1..2, 5..6 << 30], u64::MAX);
+    data(vec![1..2, (u64::MAX - 1)..u64::MAX], u64::MAX);
+    data(Vec::new(), 0);
+    data(vec![7..9, 9..11], 1);
+}
+
+#[test]
 fn the_rate_is_kept() {
     let side = replica(300);
     // 200 blocks of 64 KiB are 12.5 MiB.
