@@ -64,6 +64,8 @@ pub enum VmEnd {
 pub enum VmCall {
     /// Make sure that none runs; and the confirmation of a kill.
     Clear,
+    /// Define, ahead of a start.
+    Define,
     /// Define and start.
     Start,
     /// Power off, then destroy.
@@ -113,6 +115,9 @@ pub enum VmNews {
 pub enum VmOrder {
     /// See that none runs. Answered by `Off` or `Failed`.
     Clear,
+    /// Define it from the replicated definition, so that a takeover need not wait for what the hypervisor looks up the first
+    /// time (libvirt asks QEMU for its capabilities: seconds). Answered only by `Failed`.
+    Define,
     /// Define it from the replicated definition and start it.
     Start,
     /// Ask the guest to power off; destroy it after this time.

@@ -280,7 +280,8 @@ impl Machine {
         if self.record.as_ref().is_some_and(|known| !record.is_newer_than(known)) {
             return;
         }
-        let was_in_sync = self.is_in_sync() || self.record.is_none();
+        let could_take_over = self.is_in_sync();
+        let was_in_sync = could_take_over || self.record.is_none();
         self.record = Some(record.clone());
         self.silent = false;
         // A change that was under way when the lease was given back leaves the release as it is.
@@ -308,6 +309,9 @@ impl Machine {
                 self.phase = Phase::Following;
                 effects.push(to_data);
                 self.note_record(effects);
+                if self.is_in_sync() && !could_take_over {
+                    effects.push(Effect::Vm(VmOrder::Define));
+                }
             }
             (Phase::Proposing { .. }, true) if ours => {
                 self.phase = Phase::Holding;

@@ -49,6 +49,15 @@ fn a_process_started_anew_serves_only_by_a_generation_of_its_own() {
 }
 
 #[test]
+fn a_node_that_may_have_to_take_over_defines_the_vm_ahead_once() {
+    let mut node = Node::ready(false, false);
+    node.tell(Event::PeerUp(PEER));
+    assert_eq!(vm_orders(&node.known(record(4, OTHER, &[OTHER]), false)), []);
+    assert_eq!(vm_orders(&node.known(record(5, OTHER, &[ME, OTHER]), false)), [VmOrder::Define]);
+    assert_eq!(vm_orders(&node.known(record(6, OTHER, &[ME, OTHER]), false)), []);
+}
+
+#[test]
 fn news_of_an_old_drain_starts_no_proposal() {
     let mut node = Node::ready(false, false);
     node.known(record(4, ME, &[ME]), false);

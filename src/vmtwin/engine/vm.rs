@@ -132,6 +132,11 @@ impl Shared {
     fn call(&self, order: VmOrder, definition: &Path) {
         match order {
             VmOrder::Clear | VmOrder::Kill => self.clear(),
+            VmOrder::Define => {
+                if let Err(why) = self.define(definition) {
+                    self.failed(VmCall::Define, &why);
+                }
+            }
             VmOrder::Start => self.start_vm(definition),
             VmOrder::Shutdown(limit) => match self.hypervisor.shutdown(limit) {
                 Ok(by_itself) => self.off(by_itself),
@@ -167,16 +172,19 @@ impl Shared {
         }
     }
 
-    fn start_vm(&self, definition: &Path) {
-        let defined = match std::fs::read_to_string(definition) {
+    fn define(&self, definition: &Path) -> Result<(), String> {
+        match std::fs::read_to_string(definition) {
             Ok(xml) => self.hypervisor.define(&xml).map_err(|why| why.to_string()),
             // Protected before its definition was stored: what the hypervisor has will do.
             Err(why) if why.kind() == ErrorKind::NotFound => {
                 self.hypervisor.definition().map(drop).map_err(|why| why.to_string())
             }
             Err(why) => Err(format!("cannot read {}: {why}", definition.display())),
-        };
-        if let Err(why) = defined {
+        }
+    }
+
+    fn start_vm(&self, definition: &Path) {
+        if let Err(why) = self.define(definition) {
             return self.failed(VmCall::Start, &why);
         }
         self.tell(VmNews::StartCalled);
