@@ -8,7 +8,7 @@ use crate::wire::codec::{DecodeError, Reader, Writer};
 use std::fmt;
 
 /// One value of the register.
-#[derive(Clone, PartialEq, Eq)]
+#[derive(Clone, PartialEq, Eq, Hash)]
 pub struct Record {
     /// Rises with each forced start.
     pub epoch: Epoch,

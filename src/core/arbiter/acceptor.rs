@@ -15,7 +15,7 @@ use crate::time::{Time, millis};
 use std::time::Duration;
 
 /// A voter.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Acceptor {
     stored: Stored,
     rules: Rules,
@@ -33,7 +33,7 @@ pub struct Acceptor {
     mute_until: Time,
 }
 
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 struct Grant {
     holder: ReplicaId,
     seen: Time,

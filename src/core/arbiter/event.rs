@@ -45,7 +45,7 @@ pub enum Event {
 }
 
 /// A change of the record. The caller has drained before (R7) where it says so.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum Change {
     /// The module's first record, made by `protect`. Its id is the want's.
     First(Record),
@@ -106,7 +106,7 @@ pub enum Effect {
 }
 
 /// Why an acceptor is not believed any more.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum OutBecause {
     /// It answers an older change count than it did before: restored from a copy.
     WentBack,

@@ -8,7 +8,7 @@ use crate::record::Record;
 use crate::time::{Time, millis};
 use std::collections::BTreeMap;
 
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
 pub(super) struct Grants {
     sent: BTreeMap<AcceptorId, Time>,
     heard: BTreeMap<AcceptorId, u64>,

@@ -28,7 +28,7 @@ impl Default for Ballot {
 }
 
 /// A value with the ballot at which an acceptor accepted it.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Accepted {
     /// When, in the order of ballots.
     pub ballot: Ballot,
@@ -37,7 +37,7 @@ pub struct Accepted {
 }
 
 /// A question to an acceptor.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum Request {
     /// What do you hold? Uses no ballot and changes nothing.
     Read {
@@ -80,7 +80,7 @@ pub enum Request {
 }
 
 /// What an acceptor says.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Answer {
     /// Who answers: one that lost its state is another one (R12).
     pub acceptor: AcceptorId,
@@ -91,7 +91,7 @@ pub struct Answer {
 }
 
 /// The answer itself.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum Reply {
     /// To `Read`.
     State(AcceptorState),
@@ -116,7 +116,7 @@ pub enum Reply {
 }
 
 /// Why not.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum Refusal {
     /// This ballot was promised, and yours is not higher.
     Promised(Ballot),
@@ -143,7 +143,7 @@ pub enum Refusal {
 }
 
 /// What an acceptor holds, for readers and watchers.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
 pub struct AcceptorState {
     /// Highest ballot promised.
     pub promised: Ballot,
@@ -158,7 +158,7 @@ pub struct AcceptorState {
 }
 
 /// The last grant, release or accepted record: signs of life of that holder.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct GrantState {
     /// Whose.
     pub holder: ReplicaId,
@@ -169,7 +169,7 @@ pub struct GrantState {
 }
 
 /// A reader that could take over without loss.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct CandidateState {
     /// Its replica.
     pub replica: ReplicaId,

@@ -58,7 +58,7 @@ pub struct Setup {
 }
 
 /// The arbiter of one module process.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Arbiter {
     me: ReplicaId,
     own: AcceptorId,
@@ -109,7 +109,7 @@ pub struct Arbiter {
     offered: Option<RecordName>,
 }
 
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 enum Standing {
     Watching,
     Holder,
@@ -123,7 +123,7 @@ enum Standing {
     },
 }
 
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 struct Question {
     to: AcceptorId,
     about: About,
@@ -132,7 +132,7 @@ struct Question {
     changes: u64,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 enum About {
     Read,
     Prepare(Ballot),

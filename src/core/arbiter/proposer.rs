@@ -11,7 +11,7 @@ use crate::record::{Record, RecordName};
 use crate::time::Time;
 use std::collections::{BTreeMap, BTreeSet};
 
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(super) struct Round {
     pub ballot: Ballot,
     /// The phase is given up then.
@@ -21,7 +21,7 @@ pub(super) struct Round {
     pub phase: Phase,
 }
 
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(super) enum Phase {
     Own,
     Promises {
@@ -39,7 +39,7 @@ pub(super) enum Phase {
     },
 }
 
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(super) struct Promise {
     pub accepted: Option<Accepted>,
     pub released_to: Option<ReplicaId>,
@@ -59,7 +59,7 @@ pub(super) struct Proposal<'a> {
     pub unsettled: &'a BTreeMap<RecordId, Ballot>,
 }
 
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(super) struct Want {
     pub id: RecordId,
     pub change: Change,

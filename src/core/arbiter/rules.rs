@@ -50,7 +50,7 @@ pub enum Rule {
 }
 
 /// The rules that are kept.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Rules(u32);
 
 impl Rules {

@@ -22,7 +22,7 @@ const VERSION: u16 = 1;
 pub const STORED_BYTES_MAX: usize = 1024;
 
 /// What an acceptor keeps on disk.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Stored {
     /// The module whose register this is a part of.
     pub module: ModuleId,

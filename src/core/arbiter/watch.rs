@@ -13,12 +13,12 @@ use std::collections::BTreeMap;
 /// An answer older than this says nothing about now, in milliseconds.
 const FRESH_MS: u64 = 800;
 
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
 pub(super) struct Watch {
     seen: BTreeMap<AcceptorId, Seen>,
 }
 
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 struct Seen {
     /// When the answer came, and when it was asked for.
     at: Time,
