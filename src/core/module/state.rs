@@ -20,6 +20,9 @@ pub const STOP_WITHOUT_LEASE: Duration = millis((TAKEOVER_MS - LEASE_MS) / 2);
 pub const SHUTDOWN_SPARE: Duration = Duration::from_secs(15);
 /// A call to the hypervisor that failed, and a proposal that did not land, are tried again after this long.
 pub const RETRY: Duration = Duration::from_secs(2);
+/// A node whose process has just begun leaves the last holder this time to begin, too: both are started by one command, or
+/// after one power cut, and the VM belongs where it was.
+pub const START_GRACE: Duration = millis(TAKEOVER_MS + 1200);
 /// A takeover that did not land is tried again after this long.
 pub const RETRY_TAKEOVER: Duration = Duration::from_millis(500);
 /// Longest wait for both disks to flush before a hand-over or a stop.
@@ -145,6 +148,8 @@ pub struct Machine {
     pub(super) record: Option<Record>,
     /// The data thread serves by the record that was won: before that, the VM's files could not be opened for writing.
     pub(super) in_force: bool,
+    /// When the replica was opened.
+    pub(super) ready_at: Time,
     pub(super) lease_until: Time,
     /// R3, R9: acceptors that answer, of how many.
     pub(super) reached: Option<(usize, usize)>,
@@ -199,6 +204,7 @@ impl Machine {
             erred: None,
             record: None,
             in_force: false,
+            ready_at: Time(0),
             lease_until: Time(0),
             reached: None,
             silent: false,
@@ -358,6 +364,9 @@ impl Machine {
             true if self.settings.failover || self.takeover_ordered => Cause::Silent,
             _ => return None,
         };
+        if cause == Cause::Silent && !self.takeover_ordered {
+            return Some((self.takeover_after.max(self.ready_at + START_GRACE), cause));
+        }
         Some((self.takeover_after, cause))
     }
 

@@ -28,7 +28,7 @@ impl Machine {
         match event {
             E::Begin => effects.push(Effect::Vm(VmOrder::Clear)),
             E::Tick => self.on_tick(now, effects),
-            E::Ready { replica, broken, erred } => self.on_ready(replica, broken, erred, effects),
+            E::Ready { replica, broken, erred } => self.on_ready(now, replica, broken, erred, effects),
             E::Failed(why) => self.on_data_failed(why, effects),
             E::InForce(id) => self.in_force |= self.holds() && self.record.as_ref().is_some_and(|r| r.id == id),
             E::PeerUp(peer) => self.on_peer_up(peer, effects),
@@ -137,7 +137,15 @@ impl Machine {
 
     // The data thread's news.
 
-    fn on_ready(&mut self, replica: crate::ids::ReplicaId, broken: bool, erred: bool, effects: &mut Effects) {
+    fn on_ready(
+        &mut self,
+        now: Time,
+        replica: crate::ids::ReplicaId,
+        broken: bool,
+        erred: bool,
+        effects: &mut Effects,
+    ) {
+        self.ready_at = now;
         self.me = Some(replica);
         self.broken = broken;
         self.erred = erred.then(|| "it failed before this process began".to_owned());

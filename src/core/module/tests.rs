@@ -58,6 +58,20 @@ fn a_node_that_may_have_to_take_over_defines_the_vm_ahead_once() {
 }
 
 #[test]
+fn a_node_that_has_just_begun_leaves_the_last_holder_time_to_begin() {
+    let mut node = Node::begun(false, false);
+    node.known(record(5, OTHER, &[ME, OTHER]), false);
+    assert_eq!(drain(&node.tell(Event::HolderSilent(true))), None);
+    let effects = node.pass(state::START_GRACE);
+    assert!(drain(&effects).is_some(), "{effects:?}");
+    // What an admin orders does not wait.
+    let mut node = Node::begun(false, false);
+    node.known(record(5, OTHER, &[ME, OTHER]), false);
+    assert_eq!(drain(&node.tell(Event::HolderSilent(true))), None);
+    assert!(drain(&node.command(Command::Prim)).is_some());
+}
+
+#[test]
 fn news_of_an_old_drain_starts_no_proposal() {
     let mut node = Node::ready(false, false);
     node.known(record(4, ME, &[ME]), false);
@@ -868,7 +882,13 @@ impl Node {
         });
         Self { machine, now: Time::from_millis(10_000), last: Vec::new(), commands: 0 }
     }
+    /// Its process has run for a while.
     fn ready(broken: bool, erred: bool) -> Self {
+        let mut node = Self::begun(broken, erred);
+        node.now = node.now + state::START_GRACE;
+        node
+    }
+    fn begun(broken: bool, erred: bool) -> Self {
         let mut node = Self::new();
         node.tell(Event::Begin);
         node.tell(off());
