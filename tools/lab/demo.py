@@ -73,7 +73,7 @@ def progress(cluster, ask, target):
     raise LabError('the resync did not end within five minutes')
 
 
-def show(cluster, lab_binary_name='vmtwin'):
+def show(cluster):
     for line in next(h for h in cluster.nodes if h.up).vmtwin('status', 'db').stdout.rstrip().split('\n'):
         say('    ' + line)
 

@@ -121,7 +121,7 @@ def initramfs(out, modules_folder):
 
 
 def accelerator():
-    """'kvm' where a KVM guest can run here, else 'qemu' (TCG). Asked by starting one that has to get as far as its kernel's halt."""
+    """'qemu' (TCG, runs everywhere), or what VMTWIN_LAB_ACCEL says ('kvm'). Not guessed: a /dev/kvm that opens may still boot no stock kernel."""
     return os.environ.get('VMTWIN_LAB_ACCEL', 'qemu')
 
 

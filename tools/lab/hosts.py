@@ -58,6 +58,8 @@ class Lab:
         for need in ('/dev/fuse',):
             if not os.path.exists(need):
                 raise LabError(f"{need} is missing: this kernel cannot run the lab")
+        if not os.path.isfile(binary):
+            raise LabError(f'{binary} is not there: build it first')
         self.dir = tempfile.mkdtemp(prefix='vmtwin-lab.', dir='/var/tmp')
         os.chmod(self.dir, 0o755)
         self.tag = uuid.uuid4().hex[:5]

@@ -220,7 +220,7 @@ impl Machine {
             (false, false, _) => {
                 let why = &self.peer_down;
                 let text = format!(
-                    "{node} has not got all of {module}'s data and has no link to {peer}, which has ({why}). \
+                    "{node} has not got all of {module}'s data; {peer} has, but there is no link to it ({why}). \
                      Start {module} on {peer}, or mend the link."
                 );
                 (State::Wait, Health::Red, text)
